@@ -1,0 +1,113 @@
+"""The two interfaces: `GenerateFn` is all that a rollout sees, `Engine` is all that the loop sees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from skyrl_train.types import Completion, GenerateRequest, WeightUpdate
+
+PauseMode = Literal["keep", "wait", "abort"]
+Occupant = Literal["weights", "kv_cache"]
+LogprobSpace = Literal["raw", "temperature", "sampled"]
+"""Which distribution `Completion.logprobs` describe: the model's at temperature 1 (raw), after the
+temperature (temperature), or the one that was drawn from, after penalties and truncation (sampled)."""
+
+Capability = Literal[
+    "abort",
+    "disk_weights",
+    "local_weights",
+    "lora",
+    "min_p",
+    "penalties",
+    "priority",
+    "seed",
+    "sessions",
+    "sleep",
+    "speculation",
+    "stop_strings",
+    "structured_output",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Constant for an engine's lifetime. `max_context_len` counts prompt and completion together."""
+
+    name: str
+    model: str
+    max_context_len: int
+    logprob_space: LogprobSpace
+    capabilities: frozenset[Capability]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What the engine is doing now. Counters (`num_*_total`) only rise; `accept_len` is None without speculation."""
+
+    policy_version: int
+    paused: bool
+    num_running: int
+    num_waiting: int
+    kv_used_frac: float
+    num_prompt_tokens_total: int
+    num_cached_tokens_total: int
+    num_generated_tokens_total: int
+    num_retractions_total: int
+    num_evicted_tokens_total: int
+    num_steps_total: int
+    accept_len: float | None = None
+
+    @property
+    def cache_hit_frac(self) -> float:
+        """Prompt tokens served from the prefix cache, over all prompt tokens."""
+        return self.num_cached_tokens_total / max(self.num_prompt_tokens_total, 1)
+
+
+class GenerateFn(Protocol):
+    """All that a rollout sees of an engine."""
+
+    async def __call__(self, request: GenerateRequest) -> Completion: ...
+
+
+class Engine(Protocol):
+    """All that the loop sees of an engine. Valid from construction until `close`."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    async def stats(self) -> EngineStats: ...
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """Waits while paused. Raises RequestRejected or EngineUnavailable.
+
+        Cancelling the caller aborts the request and frees what it held.
+        """
+        ...
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        """End these requests now: each returns its partial output with finish_reason "abort". Unknown ids are fine."""
+        ...
+
+    async def open_session(self, capacity: int) -> str: ...
+
+    async def close_session(self, session_id: str) -> None: ...
+
+    async def pause(self, mode: PauseMode = "keep") -> None:
+        """Stop stepping. keep: running requests freeze; wait: they finish first; abort: they end with partial output."""
+        ...
+
+    async def resume(self) -> None: ...
+
+    async def update_weights(self, update: WeightUpdate) -> None:
+        """Only while paused; all or nothing; flushes the prefix cache once; then serves as `update.version`."""
+        ...
+
+    async def sleep(self, release: Sequence[Occupant]) -> None:
+        """Give memory back. Only when drained."""
+        ...
+
+    async def wake(self, restore: Sequence[Occupant]) -> None: ...
+
+    async def close(self) -> None: ...

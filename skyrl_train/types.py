@@ -1,0 +1,284 @@
+"""What travels along the path, each complete when made:
+
+    Prompt -> Completion -> Trajectory -> ScoredGroup -> TrainingSample -> TrainBatch -> WeightUpdate
+      data      engine       rollout       rollout         rollout          data/pack     weight_sync
+
+Shapes: `L` tokens of one sequence, `G` samples of one prompt. Intervals are half open.
+Ids and log-probabilities come from the engine and are never re-encoded from text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+    from skyrl_train.data.pack import MicroBatch
+
+Message = Mapping[str, Any]
+"""One chat message in OpenAI's form: at least `role` and `content`."""
+
+FinishReason = Literal["stop", "length", "abort"]
+TrajectoryStatus = Literal["completed", "truncated", "aborted", "failed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One task for the policy.
+
+    `prompt_id` is unique within a run: a row that comes again in the next epoch is another prompt.
+    `target` is what the environment compares with; `extras` are the row's other columns, untouched.
+    """
+
+    prompt_id: str
+    messages: tuple[Message, ...]
+    environment: str
+    target: Any = None
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to sample one completion. Off values: `top_p` 1, `top_k` 0, `min_p` 0, penalties 1 / 0 / 0.
+
+    `temperature` 0 is greedy. Order: penalties on the logits, temperature, top-k, top-p, min-p.
+    `stop` strings and `stop_token_ids` end the completion and are kept in ids and log-probabilities.
+    `seed` makes the completion reproducible: token `i` depends on (seed, i) and the logits alone.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
+        _require(self.temperature >= 0, "temperature", ">= 0", self.temperature)
+        _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
+        _require(self.top_k >= 0, "top_k", ">= 0 (0 is off)", self.top_k)
+        _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
+        _require(self.repetition_penalty > 0, "repetition_penalty", "> 0", self.repetition_penalty)
+        _require(
+            0 <= self.min_new_tokens <= self.max_new_tokens,
+            "min_new_tokens",
+            f"in [0, max_new_tokens={self.max_new_tokens}]",
+            self.min_new_tokens,
+        )
+        _require(all(self.stop), "stop", "non-empty strings", self.stop)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled under policy `version`.
+
+    A completion holds one span for each version that it saw, in order and without gaps, so a text
+    that outlives a weight update knows where the policy changed.
+    """
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionRef:
+    """Continue after request `parent_request_id` in a session; the request carries only new tokens.
+
+    Two requests with one parent are branches. `parent_request_id` None starts at the root.
+    """
+
+    session_id: str
+    parent_request_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One completion to make. Higher `priority` is served first. `adapter` None is the base model."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    session: SessionRef | None = None
+    adapter: str | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError(f"request {self.request_id}: prompt_token_ids is empty; at least one token is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """What the engine made of one request: `token_ids` [L] and their `logprobs` [L].
+
+    Example, "12+7=" answered by "19<end>" while the weights changed after the first token:
+        token_ids (20, 28, 1), logprobs (-0.1, -0.3, -0.0), finish_reason "stop",
+        versions (VersionSpan(version=4, start=0, end=1), VersionSpan(version=5, start=1, end=3))
+    `stop_reason` is the string or the id that ended it, None when it was the model's end token.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    versions: tuple[VersionSpan, ...]
+    num_cached_tokens: int = 0
+    stop_reason: str | int | None = None
+
+    def __post_init__(self) -> None:
+        _same_length(f"completion {self.request_id}", token_ids=self.token_ids, logprobs=self.logprobs)
+        _check_spans(f"completion {self.request_id}", self.versions, len(self.token_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One exchange: the whole prompt that went in (history included) and what came out."""
+
+    prompt_token_ids: tuple[int, ...]
+    completion: Completion
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class TrajectoryId:
+    """Prompt, sample and branch; written `7/2/0`: branch 0 of sample 2 of prompt 7."""
+
+    prompt_id: str
+    sample: int
+    branch: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.prompt_id}/{self.sample}/{self.branch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trajectory:
+    """One run of the policy through an environment; `rewards` has one entry a turn.
+
+    `failed` means that the environment or the engine raised: `error` says what; such a trajectory
+    is logged and counted, never trained on.
+    """
+
+    id: TrajectoryId
+    turns: tuple[Turn, ...]
+    rewards: tuple[float, ...]
+    status: TrajectoryStatus
+    error: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _same_length(f"trajectory {self.id}", turns=self.turns, rewards=self.rewards)
+
+    @property
+    def reward(self) -> float:
+        """The trajectory's return: the sum over its turns."""
+        return float(sum(self.rewards))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredGroup:
+    """All samples of one prompt with their rewards [G]: what a group-relative advantage compares."""
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]
+    rewards: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        name = f"group {self.prompt.prompt_id}"
+        _same_length(name, trajectories=self.trajectories, rewards=self.rewards)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingSample:
+    """One token sequence to train on. All tensors are [L], on the CPU.
+
+    token_ids int64: prompt, completions and observations, in order.
+    loss_mask bool: True where the policy sampled the token. Token 0 is never True: nothing predicts it.
+    rollout_logprobs, advantages float32: defined where loss_mask is True, 0 elsewhere.
+    `num_prompt_tokens` is the length of the first prompt; samples of one `group` share that prefix.
+    """
+
+    trajectory_id: TrajectoryId
+    token_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    rollout_logprobs: torch.Tensor
+    advantages: torch.Tensor
+    num_prompt_tokens: int
+    versions: tuple[VersionSpan, ...] = ()
+
+    def __post_init__(self) -> None:
+        _same_length(
+            f"sample {self.trajectory_id}",
+            token_ids=self.token_ids,
+            loss_mask=self.loss_mask,
+            rollout_logprobs=self.rollout_logprobs,
+            advantages=self.advantages,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainBatch:
+    """One optimizer step: micro_batches[dp_rank][k].
+
+    `num_loss_tokens` and `num_samples` count the whole mini-batch, all ranks and micro-batches: they
+    are the loss's one denominator, so the gradient does not depend on how the batch was cut.
+    """
+
+    micro_batches: tuple[tuple[MicroBatch, ...], ...]
+    num_loss_tokens: int
+    num_samples: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWeights:
+    """The engine runs the trainer's own tensors: nothing is moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskWeights:
+    """A folder in HF format on a disk that both sides see."""
+
+    path: str
+
+
+WeightSource = LocalWeights | DiskWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightUpdate:
+    """The policy's weights after optimizer step `version`, and where the engine finds them."""
+
+    version: int
+    source: WeightSource
+
+
+def _require(ok: bool, name: str, wanted: str, found: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {wanted}, found {found!r}")
+
+
+def _same_length(owner: str, **sequences: Sequence[Any] | torch.Tensor) -> None:
+    lengths = {name: len(value) for name, value in sequences.items()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{owner}: parallel sequences differ in length: {lengths}")
+
+
+def _check_spans(owner: str, spans: tuple[VersionSpan, ...], length: int) -> None:
+    end = 0
+    for span in spans:
+        if span.start != end or span.end <= span.start:
+            raise ValueError(f"{owner}: version spans must cover [0, {length}) without gaps, found {spans}")
+        end = span.end
+    if end != length:
+        raise ValueError(f"{owner}: version spans end at {end}, the completion has {length} tokens")
