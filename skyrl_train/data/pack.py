@@ -16,7 +16,7 @@ from skyrl_train.types import TrajectoryId
 class MicroBatch:
     """One packed row of tokens and the predictions to train in it.
 
-    T rows (packed tokens), S segments, K key rows, N loss tokens, B samples. Integers are int64, on the CPU until moved.
+    T rows (packed tokens), S segments, K key rows, N loss tokens, B samples. Integers are int64.
 
     A segment is a run of rows [cu_seqlens_q[s], cu_seqlens_q[s + 1]) that attends to the rows
     kv_rows[cu_seqlens_k[s] : cu_seqlens_k[s + 1]]: its ancestors first, itself last, causal and aligned at
