@@ -1,0 +1,34 @@
+# Fresh machine: Python 3.11+, a C compiler, pip. Everything goes into .venv and runs/.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup quickstart test test-slow check format clean
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip --constraint constraints.txt
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: .venv/ready
+	$(BIN)/python -m skyrl_train.entrypoints.main_base
+
+test: .venv/ready
+	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -q -m slow
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
