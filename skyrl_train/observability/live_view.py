@@ -157,7 +157,7 @@ def _warm_start(view: RunView, warm: WarmStart, inner: int) -> list[RenderableTy
 def _curves(view: RunView, keys: Sequence[str], inner: int, spare: int) -> list[RenderableType]:
     """A line a curve; where there is room, reward and accuracy become plots side by side."""
     described = [(key, name, color) for key, name, color in _CURVES if key in keys]
-    plotted = [item for item in described if item[0] != TOKENS_PER_S]
+    plotted = [item for item in described if item[0] != TOKENS_PER_S and len(view.history[item[0]]) > 1]
     rows = min(spare + len(plotted) - 1, 8)
     if inner < 70 or rows < 4 or not plotted:
         return [_curve_line(view, *item, inner) for item in described]
@@ -169,7 +169,7 @@ def _curves(view: RunView, keys: Sequence[str], inner: int, spare: int) -> list[
     pictures = [_picture(view, key, color, cell, rows) for key, _, color in plotted]
     for lines in zip(*pictures, strict=True):
         grid.add_row(*lines)
-    rest = [_curve_line(view, *item, inner) for item in described if item[0] == TOKENS_PER_S]
+    rest = [_curve_line(view, *item, inner) for item in described if item not in plotted]
     return [grid, *rest]
 
 
@@ -193,10 +193,10 @@ def _curve_head(view: RunView, key: str, name: str, color: str, width: int) -> T
 
 def _curve_line(view: RunView, key: str, name: str, color: str, inner: int) -> Text:
     values = [value for _, value in view.history[key]]
-    label = Text.assemble((f"{name:<18}", "dim"), (f"{number(key, values[-1]):>8}", f"bold {color}"), "  ")
-    tail = f"  from {number(key, values[0])}" if key != TOKENS_PER_S else ""
+    label = Text.assemble((f"{name:<17}", "dim"), (f"{number(key, values[-1]):>8}", f"bold {color}"), "  ")
+    tail = f"  from {number(key, values[0])}" if key != TOKENS_PER_S and inner >= 50 else ""
     low, high = _range(key, values)
-    spark = sparkline(values, max(inner - len(label) - max(len(tail), 14), 4), low=low, high=high)
+    spark = sparkline(values, max(inner - len(label) - (13 if inner >= 50 else 0), 4), low=low, high=high)
     return Text.assemble(label, (spark, color), (tail, "dim"), no_wrap=True, overflow="ellipsis")
 
 
@@ -213,10 +213,10 @@ def _small_metrics(view: RunView, inner: int) -> list[RenderableType]:
     line = Text(no_wrap=True, overflow="ellipsis")
     for key, name in _SMALL:
         if key in view.metrics:
-            value = view.metrics[key]
-            shown = f"{value / 2**20:,.0f} MiB" if key.endswith("_bytes") else number(key, value)
-            if len(line) + len(name) + len(shown) + 3 <= inner:
+            shown = number(key, view.metrics[key])
+            if len(line) + len(name) + len(shown) + 1 <= inner:
                 line.append(f"{name} ", "dim").append(shown).append("   ")
+    line.rstrip()
     return [line] if line else []
 
 
@@ -261,7 +261,7 @@ def _samples(view: RunView, inner: int) -> list[RenderableType]:
 
 
 def _sides(left: Text, right: Text) -> Table:
-    grid = Table.grid(expand=True, padding=0)
+    grid = Table.grid(expand=True, padding=(0, 2, 0, 0), pad_edge=False)
     grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     grid.add_column(justify="right", no_wrap=True)
     grid.add_row(left, right)

@@ -7,8 +7,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TextIO
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TextIO
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -18,6 +19,9 @@ from skyrl_train.observability.live_view import RunView, Sample, WarmStart, one_
 from skyrl_train.observability.text import ACCURACY, duration, number, step_line
 
 logger = logging.getLogger(__name__)
+
+_RATE_STEPS = 20
+"""The time left is reckoned from the pace of this many steps."""
 
 ProgressMode = Literal["auto", "live", "plain", "off"]
 
@@ -53,7 +57,7 @@ class Progress:
         self._first_step = first_step
         self._clock = clock
         self._started = clock()
-        self._loop_started: float | None = None
+        self._step_ends: deque[float] = deque(maxlen=_RATE_STEPS + 1)
         self._lock = threading.RLock()
         self._live: Live | None = None
         self._handlers: list[tuple[logging.StreamHandler[TextIO], TextIO]] = []
@@ -86,12 +90,19 @@ class Progress:
                 self._live = None
         self._line(self.summary())
 
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Curves of the steps that were done before a resume: rows as `read_metrics` gives them."""
+        with self._lock:
+            for row in rows:
+                numbers = {key: value for key, value in row.items() if isinstance(value, (int, float))}
+                self.view.record(row["step"], numbers, ())
+
     def phase(self, name: str) -> None:
         """What the run does now; the same call serves as PhaseTimer's `on_start`."""
         with self._lock:
             self.view.phase = name
-            if self._loop_started is None:
-                self._loop_started = self._clock()
+            if not self._step_ends:
+                self._step_ends.append(self._clock())
 
     def warm_start(self, step: int, total: int, metrics: Mapping[str, float]) -> None:
         """Progress of the supervised phase; `metrics` such as loss and accuracy. Plain mode prints each tenth."""
@@ -108,6 +119,8 @@ class Progress:
         """A step is done. Metrics by the names of metrics.py; `samples` are shown until newer ones come."""
         with self._lock:
             self.view.record(step, metrics, samples)
+            if step > self._first_step:
+                self._step_ends.append(self._clock())
         if self._live is None:
             self._line(step_line(step, metrics, total_steps=self.view.total_steps))
 
@@ -154,10 +167,11 @@ class Progress:
                 return Text(f"step {self.view.step}/{self.view.total_steps} (view failed: {exc})", no_wrap=True)
 
     def _eta(self, now: float) -> float | None:
-        done = self.view.step - self._first_step
-        if self._loop_started is None or done < 1:
+        ends = self._step_ends
+        if len(ends) < 2:
             return None
-        return (now - self._loop_started) / done * (self.view.total_steps - self.view.step)
+        step_s = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return max(step_s * (self.view.total_steps - self.view.step) - (now - ends[-1]), 0.0)
 
     def _move_log_handlers(self) -> None:
         """Log lines that go straight to the terminal would tear the view: send them through rich's redirection."""

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from skyrl_train.observability.files import replace_file
+from skyrl_train.observability.live_view import Sample
 from skyrl_train.types import Prompt, ScoredGroup, Trajectory, TrajectoryId, Turn, VersionSpan
 
 Decode = Callable[[Sequence[int]], str]
@@ -164,6 +165,18 @@ def rollout_files(folder: Path | str) -> list[tuple[RolloutKind, int, Path]]:
         if match:
             found.append(("train" if match[1] == "step" else "eval", int(match[2]), path))
     return sorted(found, key=lambda item: (item[1], item[0] == "eval"))
+
+
+def shown_samples(groups: Sequence[ScoredGroup], decode: Decode, *, limit: int = 4) -> tuple[Sample, ...]:
+    """One trajectory of each of `limit` groups spread over the batch, for the live view."""
+    count = min(limit, len(groups))
+    samples = []
+    for group in (groups[i * len(groups) // count] for i in range(count)):
+        for trajectory, reward in zip(group.trajectories[:1], group.rewards[:1], strict=True):
+            content = group.prompt.messages[-1].get("content", "") if group.prompt.messages else ""
+            response = "".join(decode(turn.completion.token_ids) for turn in trajectory.turns)
+            samples.append(Sample(prompt=str(content), response=response or (trajectory.error or ""), reward=reward))
+    return tuple(samples)
 
 
 def finite(value: float | None) -> float | None:

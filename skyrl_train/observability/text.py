@@ -39,6 +39,8 @@ def number(key: str, value: float) -> str:
         return str(value)
     if key.endswith(("accuracy", "_frac")):
         return f"{100 * value:.1f}%"
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.0f} MiB" if value < 2**33 else f"{value / 2**30:,.1f} GiB"
     if key.endswith("_per_s") or abs(value) >= 10_000:
         return f"{value:,.0f}"
     if key.endswith("_s"):

@@ -6,6 +6,7 @@ logged up to n and forgets the rest, so that the steps which are done again are 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import logging
@@ -22,8 +23,8 @@ from skyrl_train.observability.text import step_line
 
 logger = logging.getLogger(__name__)
 
-TRACKER_NAMES = ("console", "jsonl", "tensorboard")
-_NOT_BUILT = ("wandb", "mlflow")
+TRACKER_NAMES = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
+_NEEDS_PACKAGE = ("tensorboard", "wandb", "mlflow")
 
 
 class Tracker(Protocol):
@@ -35,39 +36,53 @@ class Tracker(Protocol):
 
 
 def open_trackers(
-    names: Sequence[str], run_dir: Path | str, *, resume_step: int | None = None, total_steps: int | None = None
+    names: Sequence[str],
+    run_dir: Path | str,
+    *,
+    project_name: str = "skyrl_train",
+    run_name: str | None = None,
+    resume_step: int | None = None,
+    total_steps: int | None = None,
 ) -> Trackers:
     """All trackers of a run behind one.
 
     `names` are from TRACKER_NAMES: `jsonl` writes run_dir/metrics.jsonl, `tensorboard` run_dir/tensorboard/,
-    `console` one line a step to standard output (leave it out where `Progress` shows the steps).
+    `console` one line a step to standard output (leave it out where `Progress` shows the steps), `wandb` and
+    `mlflow` a run named `run_name` (None: the folder's name) in `project_name`.
     `resume_step` is the last step to keep of an earlier run in this folder; None starts anew.
-    Raises ConfigError for a name that is unknown, or known but not usable here.
+    Raises ConfigError for a name that is unknown or whose package is not installed.
     """
     check_tracker_names(names)
     run_dir = Path(run_dir)
+    name = run_name or run_dir.resolve().name
+    # A service keeps what it was sent: the steps that a resume does again go to a run of their own.
+    hosted_name = name if resume_step is None else f"{name}-from-step-{resume_step}"
     makers: dict[str, Callable[[], Tracker]] = {
         "console": lambda: ConsoleTracker(total_steps=total_steps),
         "jsonl": lambda: JsonlTracker(run_dir / "metrics.jsonl", resume_step=resume_step),
         "tensorboard": lambda: TensorBoardTracker(run_dir / "tensorboard", resume_step=resume_step),
+        "wandb": lambda: WandbTracker(run_dir, project_name=project_name, run_name=hosted_name, group=name),
+        "mlflow": lambda: MlflowTracker(project_name=project_name, run_name=hosted_name),
     }
-    return Trackers([makers[name]() for name in dict.fromkeys(names)])
+    opened: list[Tracker] = []
+    try:
+        for tracker_name in dict.fromkeys(names):
+            opened.append(makers[tracker_name]())
+    except BaseException:
+        Trackers(opened).close()
+        raise
+    return Trackers(opened)
 
 
 def check_tracker_names(names: Sequence[str]) -> None:
     """Raises ConfigError, saying what to change, unless each name can be opened here."""
     for name in names:
-        if name in _NOT_BUILT:
-            found = importlib.util.find_spec(name) is not None
-            reason = "this release has no adapter for it" if found else "it is not installed"
-            raise ConfigError(
-                f"trainer.logger: {name} can't be used: {reason}; choose from {', '.join(TRACKER_NAMES)}"
-                " (the runs are on disk as JSON lines and TensorBoard events, which it can import)"
-            )
         if name not in TRACKER_NAMES:
             raise ConfigError(f"trainer.logger: unknown tracker {name!r}; choose from {', '.join(TRACKER_NAMES)}")
-    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("trainer.logger: tensorboard is not installed; `pip install tensorboard`, or leave it out")
+        if name in _NEEDS_PACKAGE and importlib.util.find_spec(name) is None:
+            raise ConfigError(
+                f"trainer.logger: {name} is not installed in this environment; `pip install {name}`, or take it out"
+            )
 
 
 class Trackers:
@@ -179,6 +194,41 @@ class TensorBoardTracker:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run. Needs the package, and an account or WANDB_MODE=offline."""
+
+    def __init__(self, run_dir: Path, *, project_name: str, run_name: str, group: str) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(project=project_name, name=run_name, group=group, dir=os.fspath(run_dir))
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self._run.log(dict(metrics), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MlflowTracker:
+    """An MLflow run, on the server that MLFLOW_TRACKING_URI names; values that are not finite are left out there."""
+
+    def __init__(self, *, project_name: str, run_name: str) -> None:
+        mlflow: Any = importlib.import_module("mlflow")
+        client = mlflow.MlflowClient()
+        experiment = client.get_experiment_by_name(project_name)
+        experiment_id = experiment.experiment_id if experiment else client.create_experiment(project_name)
+        self._client = client
+        self._run_id: str = client.create_run(experiment_id, run_name=run_name).info.run_id
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            if math.isfinite(value):
+                self._client.log_metric(self._run_id, key, value, step=step)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)
 
 
 def _print_line(line: str) -> None:
