@@ -1,0 +1,108 @@
+"""Defaults that depend on the backend or on another key: null in the schema, filled in here, shown as such."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from skyrl_train.config.keys import read
+from skyrl_train.config.schema import Config
+from skyrl_train.config.sources import Source
+
+DEFAULT_TOKENS_PER_MICRO_BATCH = 8192
+
+LEFT_TO_SERVER = "left to the server"
+
+
+def _dtype(config: Config) -> str:
+    return "bfloat16" if config.trainer.placement.policy_num_gpus_per_node else "float32"
+
+
+def _context(config: Config) -> int:
+    generator = config.generator
+    longest = max(generator.sampling_params.max_generate_length, generator.eval_sampling_params.max_generate_length)
+    return generator.max_input_length + longest
+
+
+def _sync_backend(config: Config) -> str:
+    placement = config.trainer.placement
+    if config.generator.backend == "embedded":
+        return "local"
+    if not placement.policy_num_gpus_per_node:
+        return "disk"
+    return "cuda_ipc" if placement.colocate_all else "nccl"
+
+
+Rule = Callable[[Config], Any]
+
+BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
+    "generator.model_dtype": {
+        "embedded": lambda config: config.trainer.policy.model.dtype or _dtype(config),
+        "sglang": _dtype,
+        "vllm": _dtype,
+    },
+    "generator.max_model_len": {"embedded": _context, "sglang": _context, "vllm": _context},
+    "generator.max_num_seqs": {"embedded": lambda _: 256},
+    "generator.max_num_batched_tokens": {"embedded": lambda _: 4096},
+    "generator.gpu_memory_utilization": {
+        "embedded": lambda _: 0.5,
+        "sglang": lambda config: 0.6 if config.trainer.placement.colocate_all else 0.85,
+        "vllm": lambda config: 0.6 if config.trainer.placement.colocate_all else 0.9,
+    },
+    "generator.kv_cache.page_size": {"embedded": lambda _: 16},
+    "generator.scheduling.policy": {"embedded": lambda _: "fcfs", "sglang": lambda _: "fcfs", "vllm": lambda _: "fcfs"},
+}
+"""key -> backend -> value. A backend without an entry decides for itself: the key stays null."""
+
+DERIVED_DEFAULTS: Mapping[str, tuple[str, Rule]] = {
+    "trainer.policy.model.dtype": ("trainer.placement.policy_num_gpus_per_node", _dtype),
+    "trainer.placement.ref_num_gpus_per_node": (
+        "trainer.placement.policy_num_gpus_per_node",
+        lambda config: config.trainer.placement.policy_num_gpus_per_node,
+    ),
+    "trainer.placement.critic_num_gpus_per_node": (
+        "trainer.placement.policy_num_gpus_per_node",
+        lambda config: config.trainer.placement.policy_num_gpus_per_node,
+    ),
+    "trainer.ref.model.path": ("trainer.policy.model.path", lambda config: config.trainer.policy.model.path),
+    "trainer.critic.model.path": ("trainer.policy.model.path", lambda config: config.trainer.policy.model.path),
+    "trainer.policy_mini_batch_size": ("trainer.train_batch_size", lambda config: config.trainer.train_batch_size),
+    "trainer.critic_mini_batch_size": (
+        "trainer.policy_mini_batch_size",
+        lambda config: config.trainer.policy_mini_batch_size or config.trainer.train_batch_size,
+    ),
+    "trainer.run_path": ("trainer.run_name", lambda config: f"runs/{config.trainer.run_name}"),
+    "trainer.ckpt_path": ("trainer.run_path", lambda config: f"{_run_path(config)}/checkpoints"),
+    "trainer.export_path": ("trainer.run_path", lambda config: f"{_run_path(config)}/export"),
+    "generator.random_seed": ("trainer.seed", lambda config: config.trainer.seed),
+    "generator.lora.enabled": (
+        "trainer.policy.model.lora.rank",
+        lambda config: config.trainer.policy.model.lora.rank > 0 or bool(config.generator.lora.paths),
+    ),
+}
+"""key -> (the key it follows, value)."""
+
+
+def fill_defaults(config: Config) -> dict[str, tuple[Any, Source]]:
+    """Values for the keys that are null and have a rule: path -> (value, where it came from)."""
+    filled: dict[str, tuple[Any, Source]] = {}
+    backend = config.generator.backend
+    for path, (follows, rule) in DERIVED_DEFAULTS.items():
+        if read(config, path) is None:
+            filled[path] = (rule(config), Source(kind="derived", where=follows))
+    for path, rules in BACKEND_DEFAULTS.items():
+        if read(config, path) is None and backend in rules:
+            filled[path] = (rules[backend](config), Source(kind="backend", where=backend))
+    trainer = config.trainer
+    if trainer.max_tokens_per_micro_batch is None and trainer.micro_train_batch_size_per_gpu is None:
+        filled["trainer.max_tokens_per_micro_batch"] = (
+            DEFAULT_TOKENS_PER_MICRO_BATCH,
+            Source(kind="derived", where="trainer.micro_train_batch_size_per_gpu"),
+        )
+    if config.generator.weight_sync_backend == "auto":
+        filled["generator.weight_sync_backend"] = (_sync_backend(config), Source(kind="backend", where=backend))
+    return filled
+
+
+def _run_path(config: Config) -> str:
+    return config.trainer.run_path or f"runs/{config.trainer.run_name}"

@@ -1,0 +1,135 @@
+"""generator: who samples the rollouts, and how."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from skyrl_train.config.fields import Backend, Dtype, Fraction, Group, Ints, NonNegative, Positive, Strings
+from skyrl_train.config.schema_engine import (
+    CustomLogitProcessor,
+    DeterministicInference,
+    EngineLora,
+    Metrics,
+    Scheduling,
+    Sessions,
+    SpeculativeDecoding,
+    StructuredOutput,
+)
+from skyrl_train.config.schema_server import (
+    Attention,
+    CpuOffload,
+    CudaGraph,
+    Disaggregation,
+    HealthChecks,
+    HierarchicalCache,
+    KvCache,
+    LoadBalancing,
+    MultiNode,
+    Quantization,
+    TorchCompile,
+)
+
+
+class SamplingParams(Group):
+    """How an answer is sampled. Off values: top_p 1, top_k 0, min_p 0, penalties 1 / 0 / 0."""
+
+    max_generate_length: Positive = Field(description="Tokens of an answer at most.")
+    temperature: float = Field(1.0, ge=0, description="0 is greedy; training wants 1.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Keep the likeliest tokens up to this mass; 1 is off.")
+    top_k: NonNegative = Field(0, description="Keep the k likeliest tokens; 0 is off.")
+    min_p: Fraction = Field(0.0, description="Drop tokens below this times the likeliest; 0 is off.")
+    repetition_penalty: float = Field(1.0, gt=0, description="Divides the logits of seen tokens; 1 is off.")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once from seen tokens; 0 is off.")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted per occurrence; 0 is off.")
+    min_new_tokens: NonNegative = Field(0, description="No end before this many tokens.")
+    stop: Strings = Field((), description="Texts that end an answer; they stay in it.")
+    stop_token_ids: Ints = Field((), description="Token ids that end an answer; they stay in it.")
+    ignore_eos: bool = Field(False, description="Go on after the end token.")
+
+
+class EvalSamplingParams(SamplingParams):
+    """As sampling_params, for evaluation."""
+
+    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
+
+
+class ChatTemplate(Group):
+    """Where the chat template comes from."""
+
+    source: Literal["name", "file"] = Field("name", description="name: a template of the tokenizer's; file: a path.")
+    name_or_path: str | None = Field(None, description="Its name or path; null is the tokenizer's own.")
+
+
+class Generator(Group):
+    """Rollouts: the engine, its size and its options."""
+
+    backend: Backend = Field(
+        "embedded", description="embedded runs in this process; sglang and vllm are servers of their own."
+    )
+    num_inference_engines: Positive = Field(1, description="Engines that share the load.")
+    inference_engine_tensor_parallel_size: Positive = Field(1, description="GPUs that share one layer.")
+    inference_engine_pipeline_parallel_size: Positive = Field(1, description="GPUs that hold layers in turn.")
+    inference_engine_data_parallel_size: Positive = Field(1, description="Copies within one engine.")
+    inference_engine_expert_parallel_size: Positive = Field(1, description="GPUs that share the experts.")
+    run_engines_locally: bool = Field(True, description="Start the engines here; false attaches to running ones.")
+    remote_inference_engine_urls: Strings = Field((), description="host:port of running engines.")
+    engine_python: str | None = Field(
+        None, description="The interpreter that has SGLang or vLLM; null is the one that runs this command."
+    )
+    engine_init_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments for the engine, by its own names, but none that a key here writes.",
+    )
+    model_dtype: Dtype | None = Field(None, description="Type of the engine's weights; null is the backend's choice.")
+    gpu_memory_utilization: float | None = Field(
+        None, gt=0, le=1, description="Fraction of GPU memory for weights and KV cache; null is the backend's choice."
+    )
+    max_num_batched_tokens: Positive | None = Field(None, description="Tokens of one step; null is the backend's.")
+    max_num_seqs: Positive | None = Field(None, description="Requests at once; null is the backend's choice.")
+    max_model_len: Positive | None = Field(
+        None, description="Tokens of prompt and answer together; null is max_input_length + max_generate_length."
+    )
+    enable_prefix_caching: bool = Field(True, description="Keep the keys and values of prefixes for later requests.")
+    weight_sync_backend: Literal["auto", "local", "nccl", "gloo", "cuda_ipc", "disk"] = Field(
+        "auto", description="How new weights reach the engine; local shares the trainer's tensors (embedded)."
+    )
+    use_overlapped_weight_sync: bool = Field(False, description="Receive weights beside the live ones, then swap.")
+    n_samples_per_prompt: Positive = Field(description="Answers sampled for each prompt: the group of grpo.")
+    eval_n_samples_per_prompt: Positive = Field(1, description="Answers for each held-out prompt.")
+    batched: bool = Field(False, description="Wait for a whole batch instead of one request at a time.")
+    max_turns: Positive = Field(1, description="Turns of one trajectory.")
+    max_input_length: Positive = Field(description="Tokens of a prompt at most, history included.")
+    use_conversation_multi_turn: bool = Field(True, description="Each turn is a chat message of its own.")
+    chat_template: ChatTemplate
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the template.")
+    enable_http_endpoint: bool = Field(False, description="Serve the engines over OpenAI's protocol while training.")
+    http_endpoint_host: str = Field("127.0.0.1", description="Interface of that endpoint.")
+    http_endpoint_port: int = Field(8000, ge=1, le=65_535, description="Port of that endpoint.")
+    rope_scaling: dict[str, Any] | None = Field(None, description="Older name: now in json_model_override_args.")
+    rope_theta: float | None = Field(None, gt=0, description="Older name: now in json_model_override_args.")
+    json_model_override_args: dict[str, Any] | None = Field(None, description="Changes to the model's config.json.")
+    trust_remote_code: bool | None = Field(None, description="Run code that comes with the model.")
+    random_seed: NonNegative | None = Field(None, description="The server's seed; null is trainer.seed.")
+    sampling_params: SamplingParams
+    eval_sampling_params: EvalSamplingParams
+    speculative_decoding: SpeculativeDecoding
+    sessions: Sessions
+    metrics: Metrics
+    scheduling: Scheduling
+    deterministic_inference: DeterministicInference
+    kv_cache: KvCache
+    hierarchical_cache: HierarchicalCache
+    lora: EngineLora
+    attention: Attention
+    cuda_graph: CudaGraph
+    torch_compile: TorchCompile
+    quantization: Quantization
+    structured_output: StructuredOutput
+    custom_logit_processor: CustomLogitProcessor
+    disaggregation: Disaggregation
+    multi_node: MultiNode
+    load_balancing: LoadBalancing
+    health_checks: HealthChecks
+    cpu_offload: CpuOffload
