@@ -97,7 +97,7 @@ def render(view: RunView, width: int, height: int) -> RenderableType:
     phases = _phases(view, inner)
     samples = _samples(view, inner)
     small = _small_metrics(view, inner)
-    curves = [key for key, _, _ in _CURVES if key in view.history]
+    curves = [key for key, _, _ in _CURVES if key in view.history][: max(room, 0)]
     # Curves are worth most: they get a line each first, then phases and samples, then height.
     room -= len(curves)
     take: dict[str, list[RenderableType]] = {}

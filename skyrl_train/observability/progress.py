@@ -155,7 +155,7 @@ class Progress:
         with self._lock:
             now = self._clock()
             self.view.elapsed_s = now - self._started
-            self.view.eta_s = self._eta(now)
+            self.view.eta_s = self.seconds_left()
             width, height = self.console.size
             try:
                 return render(self.view, width, height - 1)
@@ -166,12 +166,13 @@ class Progress:
                     logger.exception("the live view could not be drawn")
                 return Text(f"step {self.view.step}/{self.view.total_steps} (view failed: {exc})", no_wrap=True)
 
-    def _eta(self, now: float) -> float | None:
+    def seconds_left(self) -> float | None:
+        """By the pace of the latest steps; None before the first is done."""
         ends = self._step_ends
         if len(ends) < 2:
             return None
         step_s = (ends[-1] - ends[0]) / (len(ends) - 1)
-        return max(step_s * (self.view.total_steps - self.view.step) - (now - ends[-1]), 0.0)
+        return max(step_s * (self.view.total_steps - self.view.step) - (self._clock() - ends[-1]), 0.0)
 
     def _move_log_handlers(self) -> None:
         """Log lines that go straight to the terminal would tear the view: send them through rich's redirection."""
