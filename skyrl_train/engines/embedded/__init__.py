@@ -1,0 +1,8 @@
+"""Our own engine: the trainer's nn.Module with a paged KV cache, continuous batching and a prefix cache."""
+
+from __future__ import annotations
+
+from skyrl_train.engines.embedded.config import EmbeddedConfig
+from skyrl_train.engines.embedded.engine import EmbeddedEngine
+
+__all__ = ["EmbeddedConfig", "EmbeddedEngine"]

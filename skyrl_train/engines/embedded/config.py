@@ -1,0 +1,129 @@
+"""What one embedded engine may use, and how that resolves against the model it serves."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from skyrl_train.errors import ConfigError
+
+AttentionName = Literal["auto", "cpu", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedConfig:
+    """Limits of one engine. None means: derived from the model or the machine (see `resolve_limits`).
+
+    `max_num_seqs` requests run at once. A step computes at most `max_num_batched_tokens` rows (one per decoding
+    request, the rest are prompt tokens). `kv_cache_tokens` token slots are shared by running requests and the
+    prefix cache; without it, the pool takes `kv_cache_frac` of the memory that is free at construction, and never
+    more than `max_num_seqs` full contexts need.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_context_len: int | None = None
+    kv_cache_tokens: int | None = None
+    kv_cache_frac: float = 0.3
+    enable_prefix_caching: bool = True
+    chunked_prefill: bool = True
+    """Cut prompts to the step's row budget. Off: a prompt is computed in one step, however long it is."""
+    attention_backend: AttentionName = "auto"
+    seed: int = 0
+    """Start of the sequence that seeds requests which bring no seed."""
+    extra_eos_token_ids: tuple[int, ...] = field(default=())
+    """End tokens beyond those that the model's generation config, its config and the tokenizer name."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_context_len", "kv_cache_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"embedded engine: {name} must be at least 1, found {value}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"embedded engine: max_num_batched_tokens {self.max_num_batched_tokens} can't hold one row for each of "
+                f"max_num_seqs {self.max_num_seqs} requests; raise the first or lower the second"
+            )
+        if not 0 < self.kv_cache_frac < 1:
+            raise ConfigError(f"embedded engine: kv_cache_frac must be in (0, 1), found {self.kv_cache_frac}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KVShape:
+    """One attention layer's cache: `num_kv_heads` x `head_dim` numbers for keys, as many for values."""
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
+
+
+def resolve_context_len(config: EmbeddedConfig, model_config: Any) -> int:
+    """The longest prompt plus completion. Raises ConfigError where the model can't reach what is asked."""
+    text_config = model_config.get_text_config()
+    limit: int | None = getattr(text_config, "max_position_embeddings", None)
+    context_len = config.max_context_len or limit
+    if context_len is None:
+        raise ConfigError("embedded engine: the model names no max_position_embeddings; set max_context_len")
+    if limit is not None and context_len > limit:
+        raise ConfigError(f"embedded engine: max_context_len {context_len} is over the model's {limit} positions")
+    _refuse_length_dependent_rope(text_config, context_len)
+    return context_len
+
+
+def _refuse_length_dependent_rope(text_config: Any, context_len: int) -> None:
+    """`dynamic` and `longrope` change every rotary angle when the longest row of a batch passes a limit.
+
+    A request would then depend on who shares its batch, and cached keys would be wrong; below the limit they
+    are constant.
+    """
+    rope = getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None) or {}
+    for entry in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = entry.get("rope_type", entry.get("type"))
+        if kind not in {"dynamic", "longrope"}:
+            continue
+        limit = entry.get("original_max_position_embeddings") or getattr(
+            text_config, "original_max_position_embeddings", text_config.max_position_embeddings
+        )
+        if context_len > limit:
+            raise ConfigError(
+                f"embedded engine: rope type {kind!r} changes the angles beyond {limit} positions, so max_context_len "
+                f"{context_len} can't be served exactly; set max_context_len to at most {limit}"
+            )
+
+
+def resolve_kv_tokens(
+    config: EmbeddedConfig, layers: dict[int, KVShape], context_len: int, device: torch.device
+) -> int:
+    """How many token slots the pool gets."""
+    if config.kv_cache_tokens is not None:
+        return config.kv_cache_tokens
+    per_token = sum(shape.bytes_per_token for shape in layers.values())
+    room = int(free_bytes(device) * config.kv_cache_frac) // per_token
+    tokens = min(room, config.max_num_seqs * context_len)
+    if tokens < context_len:
+        raise ConfigError(
+            f"embedded engine: {config.kv_cache_frac:.0%} of the free memory holds {tokens} tokens of "
+            f"{per_token} bytes, fewer than one context of {context_len}; lower max_context_len or raise kv_cache_frac"
+        )
+    return tokens
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass  # not Linux: what is installed is the best figure there is
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,280 @@
+"""The engine without asyncio: add requests, step, collect what finished.
+
+    add -> queue -> [ plan -> model -> sample -> finish ] -> Finished
+                     `------------- one step -----------'
+
+Not thread-safe: one caller at a time. A step that raises leaves the core unusable; its owner must drop it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
+from skyrl_train.engines.embedded.backends import make_backend
+from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
+from skyrl_train.engines.embedded.kv_pool import KVPool
+from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
+from skyrl_train.engines.embedded.runner import ModelRunner, probe_layers
+from skyrl_train.engines.embedded.sampler import sample
+from skyrl_train.engines.embedded.scheduler import Scheduler
+from skyrl_train.engines.embedded.stops import completed_stop
+from skyrl_train.engines.embedded.uniforms import derived_seed
+from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights
+from skyrl_train.errors import RequestRejected, WeightUpdateError
+from skyrl_train.types import Completion, DiskWeights, FinishReason, GenerateRequest, WeightUpdate
+
+PauseState = Literal["running", "draining", "paused"]
+
+CAPABILITIES: frozenset[Capability] = frozenset(
+    {"abort", "disk_weights", "local_weights", "min_p", "penalties", "priority", "seed", "stop_strings"}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """A request that left the engine, with its answer."""
+
+    state: RequestState
+    completion: Completion
+
+
+class EngineCore:
+    """One model, one KV pool, one scheduler."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        tokenizer: Any,
+        *,
+        config: EmbeddedConfig,
+        name: str = "embedded-0",
+        policy_version: int = 0,
+    ) -> None:
+        model_config: Any = model.config
+        layers = probe_layers(model)
+        device = next(model.parameters()).device
+        self.context_len = resolve_context_len(config, model_config)
+        pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device), device)
+        self.info = EngineInfo(
+            name=name,
+            model=model_config.name_or_path or type(model).__name__,
+            max_context_len=min(self.context_len, pool.num_slots),
+            logprob_space="temperature",
+            capabilities=CAPABILITIES,
+        )
+        self.config = config
+        self.policy_version = policy_version
+        self.pause_state: PauseState = "running"
+        self.weights_are_whole = True
+        self._model = model
+        self._tokenizer = tokenizer
+        self._vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
+        self.scheduler = Scheduler(config, self._seats, pool)
+        max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
+        backend = make_backend(config.attention_backend, device, next(iter(layers.values())).dtype)
+        self._runner = ModelRunner(model, backend, pool, self._seats, max_rows)
+        self._by_id: dict[str, RequestState] = {}
+        self._num_submitted = 0
+        self._num_steps = 0
+        self._num_generated = 0
+
+    # -- requests
+
+    def add(self, request: GenerateRequest) -> RequestState:
+        """Queue a request. Raises RequestRejected if it can never be served here."""
+        self._check(request)
+        sampling = request.sampling
+        order = self._num_submitted
+        self._num_submitted += 1
+        state = RequestState(
+            request=request,
+            order=order,
+            seed=derived_seed(self.config.seed, order) if sampling.seed is None else sampling.seed,
+            tokens=np.asarray(request.prompt_token_ids, dtype=np.int32),
+            logprobs=np.zeros(len(request.prompt_token_ids), dtype=np.float32),
+        )
+        self._by_id[request.request_id] = state
+        self.scheduler.enqueue(state)
+        return state
+
+    def _check(self, request: GenerateRequest) -> None:
+        name, rid = self.info.name, request.request_id
+        if rid in self._by_id:
+            raise RequestRejected(f"request {rid}: engine {name} is serving a request with this id already")
+        if request.session is not None:
+            raise RequestRejected(f"request {rid}: engine {name} has no sessions; send the whole prompt")
+        if request.adapter is not None:
+            raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}, nor any other")
+        ids = request.prompt_token_ids
+        if min(ids) < 0 or max(ids) >= self._vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self._vocab_size)
+            raise RequestRejected(f"request {rid}: token id {bad} is outside the vocabulary of {self._vocab_size}")
+        if request.sampling.stop and self._tokenizer is None:
+            raise RequestRejected(f"request {rid}: stop strings need a tokenizer, engine {name} has none")
+        self.scheduler.check(name, rid, len(ids), request.sampling.max_new_tokens, self.context_len)
+
+    def abort(self, request_ids: Sequence[str]) -> list[Finished]:
+        """End these requests with what they have; ids that aren't here are ignored."""
+        states = [self._by_id[rid] for rid in dict.fromkeys(request_ids) if rid in self._by_id]
+        return [self._finish(state, "abort", None) for state in states]
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+        if self.pause_state == "paused":
+            return False
+        if self.pause_state == "draining":
+            return self.scheduler.num_started > 0
+        return bool(self._by_id)
+
+    # -- stepping
+
+    def step(self) -> list[Finished]:
+        """Compute one step; the requests that ended with it."""
+        plan = self.scheduler.plan(self.policy_version, admit_new=self.pause_state == "running")
+        if plan is None:
+            return []
+        self._num_steps += 1
+        logits = self._runner.logits(plan)
+        if not len(plan.sample_seats):
+            return []
+        with torch.inference_mode():
+            tokens, logprobs = sample(logits, self._seats, plan.sample_seats)
+        return self._commit(plan.sample_seats, tokens, logprobs)
+
+    def _commit(
+        self, chosen: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]
+    ) -> list[Finished]:
+        """Append one token to each of these seats and end those that are done."""
+        seats = self._seats
+        length = seats.length[chosen]
+        seats.tokens[chosen, length] = tokens
+        seats.logprobs[chosen, length] = logprobs
+        seats.length[chosen] = length + 1
+        self._num_generated += len(chosen)
+        may_stop = length >= seats.min_len[chosen]
+        stopped = seats.stops.hits(chosen, tokens) & may_stop
+        done = stopped | (length + 1 >= seats.max_len[chosen])
+        strings = self._completed_strings(chosen[may_stop]) if seats.stops.strings else {}
+        if not strings and not done.any():
+            return []
+        finished = []
+        for seat, token, by_id, by_length in zip(chosen, tokens, stopped, done, strict=True):
+            state = seats.owners[seat]
+            assert state is not None
+            if by_id:
+                asked = int(token) in state.request.sampling.stop_token_ids
+                finished.append(self._finish(state, "stop", int(token) if asked else None))
+            elif seat in strings:
+                finished.append(self._finish(state, "stop", strings[seat]))
+            elif by_length:
+                finished.append(self._finish(state, "length", None))
+        return finished
+
+    def _completed_strings(self, chosen: npt.NDArray[np.intp]) -> dict[int, str]:
+        """seat -> the stop string that its last token completed."""
+        seats = self._seats
+        result = {}
+        for seat in chosen:
+            stops = seats.stops.strings.get(int(seat))
+            if stops:
+                answer = seats.tokens[seat, seats.prompt_len[seat] : seats.length[seat]].tolist()
+                found = completed_stop(self._tokenizer, answer, stops)
+                if found is not None:
+                    result[int(seat)] = found
+        return result
+
+    def _finish(self, state: RequestState, reason: FinishReason, stop_reason: str | int | None) -> Finished:
+        if state.seat == NO_SEAT:
+            self.scheduler.dequeue(state)
+        else:
+            self.scheduler.release(state)
+        del self._by_id[state.request.request_id]
+        return Finished(state=state, completion=to_completion(state, reason, stop_reason))
+
+    # -- control
+
+    def pause(self, mode: PauseMode) -> list[Finished]:
+        """Stop stepping; with "wait" once the running requests are done (see `is_drained`). "abort" ends them."""
+        self.pause_state = "draining" if mode == "wait" and self.scheduler.num_started else "paused"
+        if mode != "abort":
+            return []
+        return [self._finish(state, "abort", None) for state in self.scheduler.started()]
+
+    def note_drained(self) -> None:
+        """A drain that has come to its end is a pause."""
+        if self.pause_state == "draining" and not self.scheduler.num_started:
+            self.pause_state = "paused"
+
+    def resume(self) -> None:
+        """Raises WeightUpdateError while the weights are half loaded."""
+        if not self.weights_are_whole:
+            raise WeightUpdateError(
+                f"engine {self.info.name}: the last weight update failed half way; repeat it before resume"
+            )
+        self.pause_state = "running"
+
+    def update_weights(self, update: WeightUpdate) -> None:
+        """See `Engine.update_weights`. A refused update changes nothing; a failed one forbids `resume`."""
+        name = self.info.name
+        if self.pause_state != "paused":
+            raise WeightUpdateError(f"engine {name}: weights change only while it is paused, it is {self.pause_state}")
+        if update.version < self.policy_version:
+            raise WeightUpdateError(
+                f"engine {name} serves version {self.policy_version}; version {update.version} is older"
+            )
+        if isinstance(update.source, DiskWeights):
+            plan = plan_disk_weights(self._model, update.source.path)
+            self.weights_are_whole = False
+            try:
+                copy_disk_weights(self._model, plan)
+            except Exception as exc:
+                raise WeightUpdateError(f"engine {name}: {update.source.path} was copied only in part: {exc}") from exc
+        self.scheduler.retract_all()
+        self.scheduler.cache.flush()
+        self.policy_version = update.version
+        self.weights_are_whole = True
+
+    # -- figures
+
+    def stats(self) -> EngineStats:
+        scheduler = self.scheduler
+        pool = scheduler.pool
+        return EngineStats(
+            policy_version=self.policy_version,
+            paused=self.pause_state != "running",
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            kv_used_frac=1 - pool.num_free / pool.num_slots,
+            num_prompt_tokens_total=scheduler.num_prompt_tokens_total,
+            num_cached_tokens_total=scheduler.num_cached_tokens_total,
+            num_generated_tokens_total=self._num_generated,
+            num_retractions_total=scheduler.num_retractions_total,
+            num_evicted_tokens_total=scheduler.cache.num_evicted_total,
+            num_steps_total=self._num_steps,
+        )
+
+    def check_integrity(self) -> None:
+        """Assert that slots, references, seats and queue agree. For tests: it is slow."""
+        self.scheduler.check_integrity()
+        known = [*self.scheduler.running(), *self.scheduler.waiting()]
+        assert len(known) == len(self._by_id)
+        assert all(self._by_id[state.request.request_id] is state for state in known)
+
+
+def end_token_ids(model: torch.nn.Module, tokenizer: Any, config: EmbeddedConfig) -> tuple[int, ...]:
+    """The ids that end an answer: of the generation config, of the model config, of the tokenizer."""
+    sources = [getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    model_config: Any = model.config
+    sources.append(getattr(model_config.get_text_config(), "eos_token_id", None))
+    sources.append(getattr(tokenizer, "eos_token_id", None))
+    ids = [i for source in sources if source is not None for i in (source if isinstance(source, list) else [source])]
+    return tuple(dict.fromkeys([*ids, *config.extra_eos_token_ids]))

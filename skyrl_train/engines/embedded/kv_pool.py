@@ -1,0 +1,56 @@
+"""Keys and values of all tokens: one slot a token, and the list of free slots.
+
+    slot   0   1   2   3   4   5 ...           num_slots
+    K[l]  [Hkv, D] each; V[l] alike; one tensor a layer
+
+A request's tokens may lie in any slots; a table [request, position] -> slot says where. Nothing here knows
+who owns a slot: the prefix cache and the scheduler do, and `check_integrity` of the core adds them up.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from skyrl_train.engines.embedded.config import KVShape
+
+Slots = npt.NDArray[np.int32]
+
+
+class KVPool:
+    """`keys[layer]` and `values[layer]` are [num_slots, Hkv, D]."""
+
+    def __init__(self, layers: dict[int, KVShape], num_slots: int, device: torch.device) -> None:
+        self.num_slots = num_slots
+        self.layers = layers
+        # Uninitialised on purpose: on a CPU, pages that no token ever used are never touched.
+        self.keys = {i: self._empty(shape, device) for i, shape in layers.items()}
+        self.values = {i: self._empty(shape, device) for i, shape in layers.items()}
+        self._stack: Slots = np.arange(num_slots - 1, -1, -1, dtype=np.int32)
+        self._num_free = num_slots
+
+    def _empty(self, shape: KVShape, device: torch.device) -> torch.Tensor:
+        return torch.empty(self.num_slots, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+
+    @property
+    def num_free(self) -> int:
+        return self._num_free
+
+    def allocate(self, count: int) -> Slots:
+        """`count` free slots, the most recently freed first (their pages are warm)."""
+        assert count <= self._num_free, (count, self._num_free)
+        start = self._num_free - count
+        taken = self._stack[start : self._num_free][::-1].copy()
+        self._num_free = start
+        return taken
+
+    def free(self, slots: Slots) -> None:
+        end = self._num_free + len(slots)
+        assert end <= self.num_slots, f"slots freed twice: {end} free of {self.num_slots}"
+        self._stack[self._num_free : end] = slots[::-1]
+        self._num_free = end
+
+    def free_slots(self) -> Slots:
+        """A copy of the free list, for integrity checks."""
+        return self._stack[: self._num_free].copy()

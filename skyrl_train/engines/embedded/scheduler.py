@@ -1,0 +1,311 @@
+"""Who computes what in the next step.
+
+    waiting (priority, then age) --admit--> running: prefilling -> decoding --finish-->
+         ^                                        |
+         +--------------- retract ----------------+
+
+A step's rows: one for each decoding request, then prompt tokens up to `max_num_batched_tokens`. A request gets
+the slots of its whole prompt when it is admitted, so a prompt cut into chunks never waits for memory half way.
+When decoding requests need a slot and none is free or evictable, the youngest of the lowest priority goes back to
+the queue; its tokens are kept, its keys and values enter the cache and are recomputed if they get evicted.
+
+Sharing: what a step will compute is put into the prefix cache while the step is planned. All rows write their keys
+and values before any row of that layer attends, so the next request of the same group can be admitted into the
+very same step and computes only its last prompt token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from skyrl_train.engines.embedded.config import EmbeddedConfig
+from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
+from skyrl_train.engines.embedded.radix_cache import RadixCache
+from skyrl_train.engines.embedded.request import RequestState, Seats
+from skyrl_train.engines.embedded.waiting import WaitingQueue
+from skyrl_train.errors import RequestRejected
+
+Indices = npt.NDArray[np.intp]
+
+LOOKAHEAD_TOKENS = 32
+"""A request is admitted only if the running ones could each grow by so many tokens (or to their end)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Rows for tokens [start, end) of one prefilling request; `samples` when they reach its last token."""
+
+    seat: int
+    start: int
+    end: int
+    samples: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepPlan:
+    """One step: decoding seats [n] (one row each, first), then the chunks.
+
+    `sample_seats`: seats that get a token, in row order: the decoding ones, then the chunks that sample.
+    """
+
+    decode_seats: Indices
+    chunks: tuple[Chunk, ...]
+    sample_seats: Indices
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.decode_seats) + sum(chunk.end - chunk.start for chunk in self.chunks)
+
+
+class Scheduler:
+    """Owns the queue and the seats; moves slots between the pool, the requests and the cache."""
+
+    def __init__(self, config: EmbeddedConfig, seats: Seats, pool: KVPool) -> None:
+        self._config = config
+        self.seats = seats
+        self.pool = pool
+        self.cache = RadixCache(pool)
+        self._fresh = WaitingQueue()
+        self._retracted = WaitingQueue()
+        self._decoding: Indices = np.empty(0, dtype=np.intp)
+        self._prefilling: list[RequestState] = []
+        self.num_prompt_tokens_total = 0
+        self.num_cached_tokens_total = 0
+        self.num_retractions_total = 0
+
+    # -- what is where
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._fresh) + len(self._retracted)
+
+    @property
+    def num_started(self) -> int:
+        """Requests that have begun and not ended, whether they have a seat or were retracted."""
+        return self.num_running + len(self._retracted)
+
+    @property
+    def num_running(self) -> int:
+        return self.seats.num_seats - self.seats.num_free
+
+    @property
+    def num_available(self) -> int:
+        """Slots that are free or can be made free without touching a running request."""
+        return self.pool.num_free + self.cache.num_evictable
+
+    def running(self) -> list[RequestState]:
+        """Running requests in the order of submission."""
+        return sorted((owner for owner in self.seats.owners if owner is not None), key=lambda state: state.order)
+
+    def waiting(self) -> list[RequestState]:
+        """Queued requests in the order in which they will be admitted."""
+        return sorted([*self._fresh.in_order(), *self._retracted.in_order()], key=RequestState.sort_key)
+
+    def started(self) -> list[RequestState]:
+        """Requests that have begun and not ended, in the order of submission."""
+        return sorted([*self.running(), *self._retracted.in_order()], key=lambda state: state.order)
+
+    # -- requests come and go
+
+    def check(self, name: str, request_id: str, num_prompt: int, max_new: int, context_len: int) -> None:
+        """Raise RequestRejected if the request can never run here."""
+        total = num_prompt + max_new
+        for limit, what in ((context_len, "a context of"), (self.pool.num_slots, "a KV cache of")):
+            if total > limit:
+                raise RequestRejected(
+                    f"request {request_id}: prompt ({num_prompt}) and max_new_tokens ({max_new}) need {total} tokens, "
+                    f"engine {name} has {what} {limit}; shorten the prompt or lower max_new_tokens"
+                )
+
+    def enqueue(self, state: RequestState) -> None:
+        (self._retracted if state.was_started else self._fresh).push(state)
+
+    def dequeue(self, state: RequestState) -> None:
+        """Take a queued request out."""
+        (self._retracted if state in self._retracted else self._fresh).remove(state)
+
+    def release(self, state: RequestState, *, retract: bool = False) -> None:
+        """Take a running request off its seat; what it computed goes to the cache."""
+        seats, seat = self.seats, state.seat
+        computed = int(seats.computed[seat])
+        allocated = self._num_allocated(state)
+        slots = seats.slots[seat, :allocated]
+        if self._config.enable_prefix_caching:
+            self.pool.free(slots[computed:])
+            self.cache.insert(seats.tokens[seat, :computed], slots[:computed], state.num_owned_from)
+        else:
+            self.pool.free(slots[state.num_owned_from :])
+        if state.node is not None:
+            self.cache.unlock(state.node)
+            state.node = None
+        seats.leave(state)
+        if state in self._prefilling:
+            self._prefilling.remove(state)
+        self._decoding = self._decoding[self._decoding != seat]
+        if retract:
+            self.num_retractions_total += 1
+            self.enqueue(state)
+
+    def retract_all(self) -> None:
+        """Send every running request back to the queue: its keys and values belong to weights that are gone."""
+        for state in self.running():
+            self.release(state, retract=True)
+
+    # -- planning
+
+    def plan(self, policy_version: int, *, admit_new: bool) -> StepPlan | None:
+        """The next step, or None when there is nothing to compute. Allocates its slots.
+
+        Without `admit_new` only what has begun goes on, retracted requests included.
+        """
+        self._grow_decoding()
+        decode_seats = self._decoding
+        budget = self._config.max_num_batched_tokens - len(decode_seats)
+        chunks: list[Chunk] = []
+        for state in list(self._prefilling):
+            if budget > 0:
+                budget -= self._add_chunk(state, budget, chunks)
+        while budget > 0 and self.seats.num_free:
+            head = self._next_waiting(admit_new)
+            if head is None or not self._admit(head, policy_version, budget, is_first=not chunks):
+                break
+            budget -= self._add_chunk(head, budget, chunks)
+        if not chunks and not len(decode_seats):
+            assert self._next_waiting(admit_new) is None, "requests wait, none runs, and none can start"
+            return None
+        sampling = [chunk.seat for chunk in chunks if chunk.samples]
+        return StepPlan(
+            decode_seats=decode_seats,
+            chunks=tuple(chunks),
+            sample_seats=np.concatenate((decode_seats, np.asarray(sampling, dtype=np.intp)))
+            if sampling
+            else decode_seats,
+        )
+
+    def _grow_decoding(self) -> None:
+        """One slot for each decoding request; retracts until they fit."""
+        while len(self._decoding) > self.num_available:
+            self.release(max(self.running(), key=RequestState.sort_key), retract=True)
+        seats, decoding = self.seats, self._decoding
+        if len(decoding):
+            position = seats.computed[decoding]
+            seats.slots[decoding, position] = self._allocate(len(decoding))
+            seats.computed[decoding] = position + 1
+
+    def _next_waiting(self, admit_new: bool) -> RequestState | None:
+        """The queue's head, without taking it."""
+        heads = [self._retracted.head(), self._fresh.head() if admit_new else None]
+        return min((head for head in heads if head is not None), key=RequestState.sort_key, default=None)
+
+    def _admit(self, state: RequestState, policy_version: int, budget: int, *, is_first: bool) -> bool:
+        """Seat the queue's head if its tokens fit beside what runs; gives it the slots of all its tokens."""
+        tokens = state.tokens
+        node, matched = self.cache.root, tokens[:0]
+        if self._config.enable_prefix_caching:
+            # The last token is always computed: its hidden state predicts the next one.
+            node, matched = self.cache.match(tokens[:-1])
+        self.cache.lock(node)
+        needed = len(tokens) - len(matched)
+        must_wait = not self._config.chunked_prefill and needed > budget and not is_first
+        if must_wait or needed + self._growth_reserve(state) > self.num_available:
+            self.cache.unlock(node)
+            return False
+        self.dequeue(state)
+        state.node = node
+        state.num_owned_from = len(matched)
+        state.shares_prompt = self._config.enable_prefix_caching
+        seat = self.seats.take(state, matched)
+        self.seats.slots[seat, len(matched) : len(tokens)] = self._allocate(needed)
+        if not state.was_started:
+            state.num_cached_tokens = len(matched)
+            self.num_prompt_tokens_total += len(tokens)
+            self.num_cached_tokens_total += len(matched)
+        if not state.version_marks or state.version_marks[-1][0] != policy_version:
+            state.version_marks.append((policy_version, len(tokens) - state.num_prompt_tokens))
+        self._prefilling.append(state)
+        return True
+
+    def _growth_reserve(self, candidate: RequestState) -> int:
+        """Slots that running requests and the candidate will want soon. None if it would run alone."""
+        if not self.num_running:
+            return 0
+        seats, decoding = self.seats, self._decoding
+        left = seats.max_len[decoding] - seats.length[decoding]
+        own = candidate.num_prompt_tokens + candidate.request.sampling.max_new_tokens - len(candidate.tokens)
+        growing = int(np.minimum(left, LOOKAHEAD_TOKENS).sum()) + LOOKAHEAD_TOKENS * len(self._prefilling)
+        return growing + min(own, LOOKAHEAD_TOKENS)
+
+    def _add_chunk(self, state: RequestState, budget: int, chunks: list[Chunk]) -> int:
+        """Plan the next rows of a prefilling request; returns how many."""
+        seats, seat = self.seats, state.seat
+        start, length = int(seats.computed[seat]), int(seats.length[seat])
+        end = min(length, start + budget) if self._config.chunked_prefill else length
+        seats.computed[seat] = end
+        chunks.append(Chunk(seat=seat, start=start, end=end, samples=end == length))
+        self._share(state, end)
+        if end == length:
+            self._prefilling.remove(state)
+            self._decoding = np.append(self._decoding, np.intp(seat))
+        return end - start
+
+    def _share(self, state: RequestState, end: int) -> None:
+        """Hand positions [num_owned_from, end) to the cache: this step computes them."""
+        if not state.shares_prompt:
+            return
+        assert state.node is not None
+        begin, seat = state.num_owned_from, state.seat
+        tokens: Slots = self.seats.tokens[seat, begin:end]
+        if int(tokens[0]) in state.node.children:
+            # Another request was faster with the same continuation. Ours stays private until it finishes.
+            state.shares_prompt = False
+            return
+        node = self.cache.extend(state.node, tokens, self.seats.slots[seat, begin:end])
+        self.cache.lock_below(state.node, node)
+        state.node, state.num_owned_from = node, end
+
+    def _allocate(self, count: int) -> Slots:
+        if count > self.pool.num_free:
+            self.cache.evict(count - self.pool.num_free)
+        return self.pool.allocate(count)
+
+    def _num_allocated(self, state: RequestState) -> int:
+        """A prefilling request holds slots for all its tokens, a decoding one for those computed."""
+        seat = state.seat
+        return int(self.seats.length[seat] if state in self._prefilling else self.seats.computed[seat])
+
+    # -- after a step, and in tests
+
+    def check_integrity(self) -> None:
+        """Each slot is free, in the cache, or owned by exactly one running request; references add up."""
+        seats = self.seats
+        self.cache.check_integrity()
+        owned = [self.pool.free_slots(), *(node.slots for node in self.cache.nodes())]
+        held = 0
+        for state in self.running():
+            seat, allocated = state.seat, self._num_allocated(state)
+            assert seats.owners[seat] is state
+            assert (seat in self._decoding) != (state in self._prefilling), "decoding and prefilling exclude each other"
+            assert seats.computed[seat] <= seats.length[seat] <= seats.max_len[seat]
+            own_slots = seats.slots[seat, state.num_owned_from : allocated]
+            owned.append(own_slots)
+            node, at = state.node, state.num_owned_from
+            assert node is not None
+            while node.parent is not None:
+                assert node.ref_count > 0
+                at -= len(node.tokens)
+                path = slice(at, at + len(node.tokens))
+                assert np.array_equal(seats.slots[seat, path], node.slots)
+                assert np.array_equal(seats.tokens[seat, path], node.tokens)
+                held += 1
+                node = node.parent
+            assert at == 0, f"request {state.request.request_id} holds a prefix of the wrong length: {at}"
+        assert held == sum(node.ref_count for node in self.cache.nodes()), "references without a holder"
+        everything = np.sort(np.concatenate(owned))
+        assert np.array_equal(everything, np.arange(self.pool.num_slots)), "a slot has no owner, or two"
+        assert len(self._decoding) + len(self._prefilling) == self.num_running
+        queued = self.waiting()
+        assert all(state.seat < 0 and state.node is None for state in queued)
+        assert len(queued) == self.num_waiting
