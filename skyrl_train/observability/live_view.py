@@ -22,10 +22,10 @@ _CURVES: tuple[tuple[str, str, str], ...] = (
     (TOKENS_PER_S, "rollout tokens/s", "magenta"),
 )
 _SMALL: tuple[tuple[str, str], ...] = (
-    ("loss/policy", "loss"),
-    ("loss/kl", "kl"),
-    ("loss/entropy", "entropy"),
-    ("loss/grad_norm", "grad norm"),
+    ("policy/loss", "loss"),
+    ("policy/ref_kl", "kl"),
+    ("policy/entropy", "entropy"),
+    ("policy/grad_norm", "grad norm"),
     ("memory/peak_rss_bytes", "memory"),
 )
 _PHASE_COLORS = ("cyan", "magenta", "yellow", "green", "blue", "red")

@@ -3,15 +3,15 @@
 A metric is a number under a name of the form `group/name`, with its unit as a suffix (`_s`, `_bytes`,
 `_frac`, `_per_s`):
 
-    reward/mean  eval/accuracy  loss/policy  rollout/num_tokens  engine/kv_used_frac     the run's own
+    reward/mean  eval/accuracy  policy/loss  rollout/num_tokens  engine/kv_used_frac     the run's own
     timing/rollout_s  throughput/rollout_tokens_per_s  memory/peak_rss_bytes             the machine's
 
 The groups `timing/`, `throughput/` and `memory/` depend on the machine and its load; everything else is
 a function of the seed, so two runs are compared on it (`deterministic_metrics`).
 
 `metrics.jsonl` holds one JSON object a step: `step` first, then the metrics. A value that is not finite
-is null there, and the object's `nonfinite` says what it was: {"step": 3, "loss/policy": null,
-"nonfinite": {"loss/policy": "nan"}}.
+is null there, and the object's `nonfinite` says what it was: {"step": 3, "policy/loss": null,
+"nonfinite": {"policy/loss": "nan"}}.
 """
 
 from __future__ import annotations

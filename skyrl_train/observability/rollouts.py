@@ -12,7 +12,7 @@
 one, null where nothing did. `versions` count tokens over all turns. Evaluations go to `eval_000010.jsonl`.
 
 What is kept: every `every_steps`-th step, the first step and the last; of each, whole groups in the batch's order
-until `max_trajectories` are reached (at least one group), and every failed trajectory. Nothing is drawn at
+until `max_trajectories` are reached (at least one group), and every failed trajectory (its `prompt` is null). Nothing is drawn at
 random: the same run writes the same files.
 """
 
@@ -76,14 +76,21 @@ class RolloutLog:
         step: int,
         groups: Sequence[ScoredGroup],
         *,
+        failed: Sequence[Trajectory] = (),
         advantages: Mapping[TrajectoryId, float] | None = None,
         kind: RolloutKind = "train",
     ) -> Path | None:
-        """The file written, or None where the rule above skips this step. `advantages`: one number a trajectory."""
+        """The file written, or None where the rule above skips this step.
+
+        `failed` trajectories stand in no group: they come last, with their turns so far and their error.
+        `advantages` has one number a trajectory.
+        """
         if kind == "train" and not self.keeps(step):
             return None
         lines = []
-        for prompt, trajectory, reward in _kept(groups, self._max_trajectories):
+        kept: list[tuple[Prompt | None, Trajectory, float | None]] = [*_kept(groups, self._max_trajectories)]
+        kept += [(None, trajectory, None) for trajectory in failed]
+        for prompt, trajectory, reward in kept:
             advantage = None if advantages is None else advantages.get(trajectory.id)
             record = self.record(step, prompt, trajectory, reward=reward, advantage=advantage, kind=kind)
             lines.append(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
@@ -95,10 +102,10 @@ class RolloutLog:
     def record(
         self,
         step: int,
-        prompt: Prompt,
+        prompt: Prompt | None,
         trajectory: Trajectory,
         *,
-        reward: float,
+        reward: float | None,
         advantage: float | None = None,
         kind: RolloutKind = "train",
     ) -> dict[str, Any]:
@@ -112,9 +119,9 @@ class RolloutLog:
             "step": step,
             "kind": kind,
             "trajectory_id": str(trajectory.id),
-            "environment": prompt.environment,
-            "target": _jsonable(prompt.target),
-            "prompt": [_jsonable(message) for message in prompt.messages],
+            "environment": prompt.environment if prompt else None,
+            "target": _jsonable(prompt.target) if prompt else None,
+            "prompt": [_jsonable(message) for message in prompt.messages] if prompt else None,
             "response": "".join(turn["response"] for turn in turns),
             "reward": finite(reward),
             "advantage": finite(advantage),
@@ -198,13 +205,11 @@ def _jsonable(value: Any) -> Any:
 def _kept(groups: Sequence[ScoredGroup], limit: int) -> Iterator[tuple[Prompt, Trajectory, float]]:
     count = 0
     for group in groups:
-        fits = count == 0 or count + len(group.trajectories) <= limit
-        # Once a group does not fit, smaller ones behind it are not let past it.
-        limit = limit if fits else 0
+        count += len(group.trajectories)
+        if count > limit and group is not groups[0]:
+            return
         for trajectory, reward in zip(group.trajectories, group.rewards, strict=True):
-            if fits or trajectory.status == "failed":
-                yield group.prompt, trajectory, reward
-        count += len(group.trajectories) if fits else 0
+            yield group.prompt, trajectory, reward
 
 
 def _joined_versions(trajectory: Trajectory) -> list[dict[str, int]]:

@@ -14,8 +14,8 @@ TOKENS_PER_S = "throughput/rollout_tokens_per_s"
 _SHOWN: tuple[tuple[str, str], ...] = (
     (REWARD, "reward"),
     (ACCURACY, "accuracy"),
-    ("loss/policy", "loss"),
-    ("loss/kl", "kl"),
+    ("policy/loss", "loss"),
+    ("policy/ref_kl", "kl"),
     (TOKENS_PER_S, "tok/s"),
 )
 

@@ -90,7 +90,7 @@ def test_the_warm_start_is_shown_while_it_runs() -> None:
 
 def test_values_that_are_not_finite_do_not_break_the_view() -> None:
     view = learned(3)
-    view.record(4, {"reward/mean": float("nan"), "eval/accuracy": float("inf"), "loss/policy": float("nan")}, ())
+    view.record(4, {"reward/mean": float("nan"), "eval/accuracy": float("inf"), "policy/loss": float("nan")}, ())
     for width, height in ((80, 23), (120, 40)):
         assert "nan" in "\n".join(screen(view, width, height))
 
@@ -149,14 +149,14 @@ def test_a_plot_has_no_holes(values: list[float]) -> None:
         ("eval/accuracy", 0.78125, "78.1%"),
         ("engine/kv_used_frac", 0.5, "50.0%"),
         ("reward/mean", 0.7341, "0.734"),
-        ("loss/policy", -0.01234, "-0.0123"),
+        ("policy/loss", -0.01234, "-0.0123"),
         ("throughput/rollout_tokens_per_s", 4321.4, "4,321"),
         ("timing/step_s", 1.42, "1.42s"),
         ("memory/peak_rss_bytes", 900 * 2**20, "900 MiB"),
         ("memory/peak_gpu_bytes", 100 * 2**30, "100.0 GiB"),
         ("rollout/num_tokens", 123456, "123,456"),
-        ("loss/grad_norm", 2.0, "2"),
-        ("loss/policy", float("nan"), "nan"),
+        ("policy/grad_norm", 2.0, "2"),
+        ("policy/loss", float("nan"), "nan"),
     ],
 )
 def test_numbers_are_shown_as_their_name_asks(key: str, value: float, text: str) -> None:

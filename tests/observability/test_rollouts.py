@@ -84,11 +84,9 @@ def test_whole_groups_are_kept_up_to_the_limit_and_failures_always(tmp_path: Pat
     failed = Trajectory(
         id=TrajectoryId(prompt_id="9", sample=0), turns=(), rewards=(), status="failed", error="ValueError: no number"
     )
-    prompt = Prompt(prompt_id="9", messages=(), environment="arithmetic")
-    groups.append(ScoredGroup(prompt=prompt, trajectories=(failed,), rewards=(float("nan"),)))
-    kept = lines(RolloutLog(tmp_path, decode, max_trajectories=10).write(1, groups))
+    kept = lines(RolloutLog(tmp_path, decode, max_trajectories=10).write(1, groups, failed=[failed]))
     assert [record["trajectory_id"] for record in kept] == [f"{g}/{s}/0" for g in (0, 1) for s in range(4)] + ["9/0/0"]
-    assert (kept[-1]["error"], kept[-1]["reward"], kept[-1]["finish_reason"]) == ("ValueError: no number", None, None)
+    assert (kept[-1]["error"], kept[-1]["reward"], kept[-1]["prompt"]) == ("ValueError: no number", None, None)
 
 
 def test_a_group_larger_than_the_limit_is_kept_whole_when_it_is_the_first(tmp_path: Path) -> None:

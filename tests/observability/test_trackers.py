@@ -109,18 +109,18 @@ def test_values_that_are_not_finite_become_null_and_are_counted_and_warned_of(
 ) -> None:
     trackers = open_trackers(["jsonl"], tmp_path)
     with caplog.at_level(logging.WARNING):
-        trackers.log(3, {"loss/policy": float("nan"), "loss/kl": float("-inf"), "reward/mean": 0.5})
+        trackers.log(3, {"policy/loss": float("nan"), "policy/ref_kl": float("-inf"), "reward/mean": 0.5})
     trackers.close()
     line = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(line, parse_constant=pytest.fail) == {
         "step": 3,
-        "loss/policy": None,
-        "loss/kl": None,
+        "policy/loss": None,
+        "policy/ref_kl": None,
         "reward/mean": 0.5,
-        "nonfinite": {"loss/policy": "nan", "loss/kl": "-inf"},
+        "nonfinite": {"policy/loss": "nan", "policy/ref_kl": "-inf"},
     }
     assert trackers.num_nonfinite == 2
-    assert "step 3: metrics that are not finite: {'loss/policy': 'nan', 'loss/kl': '-inf'}" in caplog.text
+    assert "step 3: metrics that are not finite: {'policy/loss': 'nan', 'policy/ref_kl': '-inf'}" in caplog.text
 
 
 def test_two_runs_are_compared_without_what_the_clock_decides(tmp_path: Path) -> None:
@@ -131,10 +131,10 @@ def test_two_runs_are_compared_without_what_the_clock_decides(tmp_path: Path) ->
             "throughput/rollout_tokens_per_s": 10 / clock,
             "memory/peak_rss_bytes": clock,
         }
-        tracker.log(1, {"reward/mean": 0.1, "loss/policy": float("nan"), **wall})
+        tracker.log(1, {"reward/mean": 0.1, "policy/loss": float("nan"), **wall})
         tracker.close()
     a, b = (deterministic_metrics(tmp_path / name / "metrics.jsonl") for name in ("a", "b"))
-    assert a == b == [{"step": 1, "reward/mean": 0.1, "loss/policy": None, "nonfinite": {"loss/policy": "nan"}}]
+    assert a == b == [{"step": 1, "reward/mean": 0.1, "policy/loss": None, "nonfinite": {"policy/loss": "nan"}}]
 
 
 def test_scalars_of_torch_and_numpy_are_numbers_and_text_is_refused_by_name() -> None:
@@ -151,10 +151,10 @@ def test_scalars_of_torch_and_numpy_are_numbers_and_text_is_refused_by_name() ->
     trackers.log(1, {"a": torch.tensor(0.5), "b": np.float32(0.25), "c": 3, "d": True, "e": np.int64(4)})
     assert logged == [{"a": 0.5, "b": 0.25, "c": 3, "d": 1, "e": 4}]
     assert [type(v) for v in logged[0].values()] == [float, float, int, int, float]
-    with pytest.raises(TypeError, match="metric loss/policy: expected a number, found the text 'high'"):
-        trackers.log(2, {"loss/policy": "high"})
-    with pytest.raises(TypeError, match="metric loss/policy: expected a number"):
-        trackers.log(3, {"loss/policy": torch.zeros(2)})
+    with pytest.raises(TypeError, match="metric policy/loss: expected a number, found the text 'high'"):
+        trackers.log(2, {"policy/loss": "high"})
+    with pytest.raises(TypeError, match="metric policy/loss: expected a number"):
+        trackers.log(3, {"policy/loss": torch.zeros(2)})
 
 
 def test_a_step_can_not_be_logged_twice(tmp_path: Path) -> None:
@@ -210,11 +210,12 @@ def test_a_tracker_whose_package_is_missing_is_refused_before_anything_is_writte
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages that mlflow brings
 def test_mlflow_keeps_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     tracker = MlflowTracker(project_name="project", run_name="quickstart")
-    tracker.log(1, {"reward/mean": 0.25, "loss/policy": float("nan")})
+    tracker.log(1, {"reward/mean": 0.25, "policy/loss": float("nan")})
     tracker.log(2, {"reward/mean": 0.5})
     tracker.close()
     client = mlflow.MlflowClient()
@@ -226,6 +227,7 @@ def test_mlflow_keeps_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
 
 
+@pytest.mark.filterwarnings("ignore")  # of the packages that wandb brings
 def test_wandb_writes_an_offline_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
