@@ -1,0 +1,41 @@
+"""Functions by name, or by dotted path for those that live outside this package."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from typing import Any, TypeVar
+
+from skyrl_train.errors import ConfigError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def resolve(kind: str, table: Mapping[str, F], name: str) -> F:
+    """`table[name]`, or what `package.module.attribute` names. Raises ConfigError saying what there is."""
+    if name in table:
+        return table[name]
+    module_name, _, attribute = name.rpartition(".")
+    if not module_name:
+        near = get_close_matches(name, table, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"no {kind} named {name!r}; {hint}known: {', '.join(table)}, or a dotted path to your own")
+    try:
+        found: F = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as exc:
+        raise ConfigError(f"{kind} {name!r} can't be imported: {exc}") from exc
+    if not callable(found):
+        raise ConfigError(f"{kind} {name!r} is a {type(found).__name__}, not a function")
+    return found
+
+
+def bind(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[..., Any]:
+    """The function with those options bound that it has parameters for.
+
+    The options of all algorithms live in one place of the configuration; each function names the ones it reads.
+    """
+    wanted = inspect.signature(function).parameters
+    return partial(function, **{name: value for name, value in options.items() if name in wanted})

@@ -1,0 +1,74 @@
+"""Packed attention by flash attention's variable-length kernel: CUDA, half precision.
+
+Queries and keys of segment s are rows [cu_seqlens[s], cu_seqlens[s + 1]) of two tensors of different length; flash
+attention aligns its causal mask at the bottom right, which is what "ancestors first, itself last" needs:
+
+    2 queries, 5 keys      1 1 1 1 0
+                           1 1 1 1 1
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+import torch
+
+from skyrl_train.data.pack import MicroBatch
+
+
+@cache
+def varlen_is_available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether this torch has the kernel for this device and dtype, with a scale and a window (torch >= 2.11)."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+class VarlenAttention:
+    """AttentionContext over cu_seqlens."""
+
+    def __init__(self, micro_batch: MicroBatch, *, device: torch.device) -> None:
+        self._cu_q = micro_batch.cu_seqlens_q.to(device, torch.int32)
+        self._cu_k = micro_batch.cu_seqlens_k.to(device, torch.int32)
+        self._max_q = int(micro_batch.cu_seqlens_q.diff().max())
+        self._max_k = int(micro_batch.cu_seqlens_k.diff().max())
+        num_rows = len(micro_batch.token_ids)
+        shared = len(micro_batch.kv_rows) != num_rows
+        self._kv_rows = micro_batch.kv_rows.to(device) if shared else None
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        if self._kv_rows is not None:
+            key, value = key.index_select(0, self._kv_rows), value.index_select(0, self._kv_rows)
+        if key.shape[1] != query.shape[1]:
+            repeats = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+        window = self._max_k if sliding_window is None else sliding_window
+        out = varlen_attn(
+            query.contiguous(),
+            key.contiguous(),
+            value.contiguous(),
+            self._cu_q,
+            self._cu_k,
+            self._max_q,
+            self._max_k,
+            scale=scaling,
+            window_size=(-1 if window >= self._max_k else window - 1, 0),
+        )
+        assert isinstance(out, torch.Tensor)  # a pair only when auxiliary results are asked for
+        return out

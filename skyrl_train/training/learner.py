@@ -1,0 +1,56 @@
+"""A batch of samples to a better policy: mini-batches of whole prompts, packed, one update each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from skyrl_train.algorithms.objective import LossFn
+from skyrl_train.data.pack import pack
+from skyrl_train.training.trainer import PolicyTrainer
+from skyrl_train.training.update import update_policy
+from skyrl_train.types import TrainBatch, TrainingSample, WeightUpdate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Learner:
+    """What the loop hands its samples to. `mini_batch_size` counts prompts; give one of the two packing limits."""
+
+    trainer: PolicyTrainer
+    loss_fn: LossFn
+    mini_batch_size: int
+    num_epochs: int = 1
+    max_tokens_per_micro_batch: int | None = None
+    micro_batch_size: int | None = None
+
+    def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
+        """One update of the policy for each mini-batch and epoch; returns the metrics."""
+        batches = [self._pack(part) for part in mini_batches(samples, self.mini_batch_size)]
+        result = update_policy(self.trainer, batches, self.loss_fn, num_epochs=self.num_epochs)
+        tokens = sum(batch.num_loss_tokens for batch in batches)
+        rows = sum(len(m.token_ids) for batch in batches for rank in batch.micro_batches for m in rank)
+        return {
+            **result.metrics,
+            "policy/version": result.version,
+            "train/num_loss_tokens": tokens,
+            "train/num_rows": rows,
+            "train/num_updates": len(batches) * self.num_epochs,
+        }
+
+    def export_weights(self) -> WeightUpdate:
+        """The weights after the last update."""
+        return self.trainer.export_weights(self.trainer.version)
+
+    def _pack(self, samples: Sequence[TrainingSample]) -> TrainBatch:
+        return pack(
+            samples,
+            max_tokens_per_micro_batch=self.max_tokens_per_micro_batch,
+            micro_batch_size=self.micro_batch_size,
+        )
+
+
+def mini_batches(samples: Sequence[TrainingSample], num_prompts: int) -> list[list[TrainingSample]]:
+    """Runs of `num_prompts` whole prompts, in order; the last may have fewer. [a a b c c] by 2: [a a b] [c c]."""
+    prompts = [list(group) for _, group in groupby(samples, key=lambda sample: sample.trajectory_id.prompt_id)]
+    return [sum(prompts[i : i + num_prompts], []) for i in range(0, len(prompts), num_prompts)]

@@ -1,0 +1,141 @@
+"""Log-probabilities of given tokens, and the entropy around them, straight from hidden states.
+
+The logits of a long batch are the largest tensor of training: 32k rows of a 152k vocabulary are 20 GB in float32.
+Here they exist a chunk of rows at a time, in the forward pass and again in the backward pass.
+
+Shapes: N predictions, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+MAX_CHUNK_BYTES = 64 << 20
+"""Float32 logits held at a time, by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitTransform:
+    """What a model does to its head's output: `logits = softcap * tanh(scale * raw / softcap)`; None is no cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: torch.Tensor) -> torch.Tensor:
+        logits = raw * self.scale if self.scale != 1.0 else raw
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def backward(self, grad: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Gradient for `raw` from that for `logits`, the transform's output."""
+        if self.softcap is not None:
+            grad = grad * (1 - (logits / self.softcap).square())
+        return grad * self.scale if self.scale != 1.0 else grad
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenLogprobs:
+    """`logprobs` [N] and `entropy` [N], float32 (float64 for a float64 model), both differentiable."""
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor
+
+
+def token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float = 1.0,
+    transform: LogitTransform | None = None,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> TokenLogprobs:
+    """Of softmax(transform(hidden @ weight.T + bias) / temperature) at `target_ids` [N].
+
+    hidden [N, H], weight [V, H], bias [V]. The temperature is that of sampling, the same for the policy, the old
+    policy and the reference: their ratios are between distributions that were sampled from.
+    Raises ValueError for temperature <= 0: greedy sampling has no density.
+    """
+    if temperature <= 0:
+        raise ValueError(f"log-probabilities need a temperature > 0, found {temperature}")
+    num_rows = max(1, max_chunk_bytes // (4 * weight.shape[0]))
+    logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, bias, target_ids, temperature, transform or LogitTransform(), num_rows
+    )
+    return TokenLogprobs(logprobs=logprobs, entropy=entropy)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Keeps [N] results only and makes each chunk's logits again for the gradient.
+
+    With z the logits over temperature, p = softmax(z), H the entropy:
+        d logprob[t] / d z = onehot(t) - p            d H / d z = -p (z - logsumexp(z) + H)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        target_ids: torch.Tensor,
+        temperature: float,
+        transform: LogitTransform,
+        num_rows: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        logprobs = torch.empty(len(target_ids), dtype=dtype, device=hidden.device)
+        entropy = torch.empty_like(logprobs)
+        lse = torch.empty_like(logprobs)
+        for start in range(0, len(target_ids), num_rows):
+            rows = slice(start, start + num_rows)
+            z = transform(F.linear(hidden[rows], weight, bias).to(dtype)) / temperature
+            lse[rows] = torch.logsumexp(z, dim=-1)
+            logprobs[rows] = z.gather(1, target_ids[rows, None])[:, 0] - lse[rows]
+            entropy[rows] = lse[rows] - (torch.exp(z - lse[rows, None]) * z).sum(-1)
+        ctx.save_for_backward(hidden, weight, bias, target_ids, lse, entropy)
+        ctx.temperature, ctx.transform, ctx.num_rows = temperature, transform, num_rows
+        ctx.set_materialize_grads(False)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        grad_logprobs, grad_entropy = grads
+        hidden, weight, bias, target_ids, lse, entropy = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        # Summed over chunks in float32: bfloat16 would lose the small terms.
+        grad_weight = torch.zeros_like(weight, dtype=lse.dtype) if needs_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_bias else None
+        for start in range(0, len(target_ids), ctx.num_rows):
+            rows = slice(start, start + ctx.num_rows)
+            logits = ctx.transform(F.linear(hidden[rows], weight, bias).to(lse.dtype))
+            z = logits / ctx.temperature - lse[rows, None]
+            p = torch.exp(z)
+            grad_z = torch.zeros_like(p)
+            if grad_entropy is not None:
+                grad_z -= p * (z + entropy[rows, None]) * grad_entropy[rows, None]
+            if grad_logprobs is not None:
+                grad_z -= p * grad_logprobs[rows, None]
+                grad_z.scatter_add_(1, target_ids[rows, None], grad_logprobs[rows, None])
+            grad_raw = ctx.transform.backward(grad_z / ctx.temperature, logits)
+            grad_out = grad_raw.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = grad_out @ weight
+            if grad_weight is not None:
+                grad_weight += grad_out.T @ hidden[rows]
+            if grad_bias is not None:
+                grad_bias += grad_raw.sum(0)
+        return (
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None if grad_bias is None else grad_bias.to(bias.dtype),
+            None,
+            None,
+            None,
+            None,
+        )

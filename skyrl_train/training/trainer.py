@@ -1,0 +1,176 @@
+"""The trainer's six verbs: forward, forward_backward, optim_step, export_weights, save, load.
+
+    batch -> forward          log-probabilities, no gradient: old and reference
+    batch -> forward_backward gradients, summed until
+             optim_step       one step of AdamW, version + 1, in place
+             export_weights   where an engine finds that version
+
+PPO, GRPO, SFT and distillation are recipes over these. One process here; sharding goes behind the same verbs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from skyrl_train.algorithms.objective import LossFn
+from skyrl_train.algorithms.policy_losses import LossInputs
+from skyrl_train.algorithms.reductions import Denominators
+from skyrl_train.data.pack import MicroBatch
+from skyrl_train.errors import CheckpointError
+from skyrl_train.training.attention import packed_attention
+from skyrl_train.training.logprobs import TokenLogprobs
+from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
+from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
+from skyrl_train.training.step_metrics import StepMetrics
+from skyrl_train.types import DiskWeights, LocalWeights, TrainBatch, WeightUpdate
+
+WhichModel = Literal["policy", "reference"]
+
+
+class PolicyTrainer:
+    """Owns the policy's weights, its optimizer and, if given, a frozen reference.
+
+    The model's parameters are only ever written in place, so an engine may run the very same module.
+    `temperature` is the rollouts': log-probabilities of policy, old policy and reference are taken at it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: OptimizerSettings,
+        *,
+        reference: PreTrainedModel | None = None,
+        temperature: float = 1.0,
+        gradient_checkpointing: bool = False,
+        version: int = 0,
+    ) -> None:
+        """Raises ConfigError for dropout or an architecture whose logits are not understood."""
+        self.version = version
+        self.last_step: StepStats | None = None
+        self._model = model
+        model.eval()  # type: ignore[no-untyped-call]
+        refuse_dropout(model)
+        self._heads: dict[WhichModel, PolicyHead] = {"policy": PolicyHead(model, temperature=temperature)}
+        if reference is not None:
+            reference.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
+            self._heads["reference"] = PolicyHead(reference, temperature=temperature)
+        self._optimizer = MasterAdamW(list(model.parameters()), optimizer)
+        self._gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+
+    @property
+    def has_reference(self) -> bool:
+        return "reference" in self._heads
+
+    @torch.no_grad()
+    def forward(self, batch: TrainBatch, *, which: WhichModel = "policy") -> list[torch.Tensor]:
+        """Log-probabilities [N] of each micro-batch's targets, in its order, without gradients."""
+        return [self._logprobs(which, micro_batch).logprobs for micro_batch in self._own(batch)]
+
+    def forward_backward(
+        self,
+        batch: TrainBatch,
+        loss_fn: LossFn,
+        *,
+        old_logprobs: Sequence[torch.Tensor] | None = None,
+        ref_logprobs: Sequence[torch.Tensor] | None = None,
+    ) -> dict[str, float]:
+        """Add the mini-batch's gradient; return its metrics, over all its tokens.
+
+        `old_logprobs` and `ref_logprobs` are `forward`'s results for this batch. Without old ones the policy is its
+        own old policy, which is right for the first update of a batch only.
+        """
+        metrics = StepMetrics()
+        denominators = Denominators(num_loss_tokens=batch.num_loss_tokens, num_samples=batch.num_samples)
+        # transformers checkpoints activations in train mode only; without dropout the mode changes nothing else.
+        self._model.train(self._gradient_checkpointing)
+        try:
+            for i, micro_batch in enumerate(self._own(batch)):
+                now = self._logprobs("policy", micro_batch)
+                rollout_logprobs = self._to_device(micro_batch.rollout_logprobs)
+                result = loss_fn(
+                    LossInputs(
+                        logprobs=now.logprobs,
+                        entropy=now.entropy,
+                        old_logprobs=now.logprobs.detach() if old_logprobs is None else old_logprobs[i],
+                        rollout_logprobs=rollout_logprobs,
+                        ref_logprobs=None if ref_logprobs is None else ref_logprobs[i],
+                        advantages=self._to_device(micro_batch.advantages),
+                        sample_index=self._to_device(micro_batch.sample_index),
+                    ),
+                    denominators,
+                )
+                result.loss.backward()  # type: ignore[no-untyped-call]
+                metrics.add(
+                    result.loss.detach(),
+                    result.token_metrics,
+                    rollout_logprobs=rollout_logprobs,
+                    # What the engine should have seen: the policy before this batch's first update.
+                    trainer_logprobs=now.logprobs.detach() if old_logprobs is None else old_logprobs[i],
+                )
+        finally:
+            self._model.train(False)
+        return metrics.result()
+
+    def optim_step(self) -> int:
+        """One optimizer step on the gradients added so far; the new version. `last_step` has its figures."""
+        self.last_step = self._optimizer.step()
+        self.version += 1
+        return self.version
+
+    def export_weights(self, version: int, folder: str | Path | None = None) -> WeightUpdate:
+        """Where an engine finds the weights of `version`: the very tensors, or a new HF folder inside `folder`.
+
+        Local weights are valid until the next `optim_step`.
+        """
+        if version != self.version:
+            raise ValueError(f"version {version} was asked for, the trainer is at {self.version}")
+        if folder is None:
+            return WeightUpdate(version=version, source=LocalWeights())
+        path = export_hf(self._model, None, Path(folder) / f"version_{version}")
+        return WeightUpdate(version=version, source=DiskWeights(path=str(path)))
+
+    def save(self, folder: str | Path) -> None:
+        """Write all that `load` needs for going on to the bit."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self._model.state_dict(), folder / "model.pt")
+        torch.save({"version": self.version, **self._optimizer.state_dict()}, folder / "optimizer.pt")
+
+    def load(self, folder: str | Path) -> None:
+        """Into the same tensors. Raises CheckpointError for another model's checkpoint; then nothing is valid."""
+        folder = Path(folder)
+        try:
+            weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
+            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+            self._model.load_state_dict(weights)
+            self._optimizer.load_state_dict(state)
+        except (OSError, RuntimeError, ValueError, KeyError) as exc:
+            raise CheckpointError(f"{folder} doesn't fit {type(self._model).__name__}: {exc}") from exc
+        self.version = state["version"]
+
+    def _logprobs(self, which: WhichModel, micro_batch: MicroBatch) -> TokenLogprobs:
+        if which not in self._heads:
+            raise ValueError(f"this trainer has no {which} model")
+        head = self._heads[which]
+        return head(
+            self._to_device(micro_batch.token_ids),
+            self._to_device(micro_batch.position_ids),
+            self._to_device(micro_batch.predict_rows),
+            self._to_device(micro_batch.target_ids),
+            packed_attention(micro_batch, device=head.model.device, dtype=head.model.dtype),
+        )
+
+    def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._model.device)
+
+    @staticmethod
+    def _own(batch: TrainBatch) -> tuple[MicroBatch, ...]:
+        assert len(batch.micro_batches) == 1, f"one process was handed the batches of {len(batch.micro_batches)} ranks"
+        return batch.micro_batches[0]

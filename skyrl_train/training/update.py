@@ -1,0 +1,51 @@
+"""One batch's policy update: epochs over mini-batches, and whose log-probabilities are the old ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from skyrl_train.algorithms.objective import LossFn
+from skyrl_train.training.trainer import PolicyTrainer
+from skyrl_train.types import TrainBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyUpdate:
+    """The policy's new version, and `policy/...` metrics: means over the mini-batches' updates."""
+
+    version: int
+    metrics: dict[str, float]
+
+
+def update_policy(
+    trainer: PolicyTrainer, mini_batches: Sequence[TrainBatch], loss_fn: LossFn, *, num_epochs: int = 1
+) -> PolicyUpdate:
+    """One optimizer step per mini-batch and epoch.
+
+    Old log-probabilities are those before the first update: with one mini-batch and one epoch that is the forward
+    pass of the update itself, otherwise a pass over all mini-batches comes first. Reference ones are computed
+    wherever the trainer has a reference.
+    """
+    old = None
+    if len(mini_batches) * num_epochs > 1:
+        old = [trainer.forward(batch) for batch in mini_batches]
+    ref = None
+    if trainer.has_reference:
+        ref = [trainer.forward(batch, which="reference") for batch in mini_batches]
+    steps: list[dict[str, float]] = []
+    for _ in range(num_epochs):
+        for i, batch in enumerate(mini_batches):
+            metrics = trainer.forward_backward(
+                batch, loss_fn, old_logprobs=old[i] if old else None, ref_logprobs=ref[i] if ref else None
+            )
+            trainer.optim_step()
+            assert trainer.last_step is not None
+            steps.append(
+                {**metrics, "policy/grad_norm": trainer.last_step.grad_norm, "policy/lr": trainer.last_step.lr}
+            )
+    mean = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+    # The engine's error shows as an extreme; a mean of maxima would hide it again.
+    worst = "policy/rollout_logprob_abs_diff_max"
+    mean[worst] = max(step[worst] for step in steps)
+    return PolicyUpdate(version=trainer.version, metrics=mean)
