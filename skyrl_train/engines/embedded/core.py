@@ -138,7 +138,13 @@ class EngineCore:
     # -- stepping
 
     def step(self) -> list[Finished]:
-        """Compute one step; the requests that ended with it."""
+        """Compute one step; the requests that ended with it. The last one of a drain makes it a pause."""
+        finished = self._compute()
+        if self.pause_state == "draining" and not self.scheduler.num_started:
+            self.pause_state = "paused"
+        return finished
+
+    def _compute(self) -> list[Finished]:
         plan = self.scheduler.plan(self.policy_version, admit_new=self.pause_state == "running")
         if plan is None:
             return []
@@ -200,19 +206,31 @@ class EngineCore:
         del self._by_id[state.request.request_id]
         return Finished(state=state, completion=to_completion(state, reason, stop_reason))
 
+    def answer_so_far(self, state: RequestState) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probabilities of an open request."""
+        tokens, logprobs = state.tokens, state.logprobs
+        if state.seat != NO_SEAT:
+            length = self._seats.length[state.seat]
+            tokens, logprobs = self._seats.tokens[state.seat, :length], self._seats.logprobs[state.seat, :length]
+        start = state.num_prompt_tokens
+        return tuple(tokens[start:].tolist()), tuple(logprobs[start:].tolist())
+
     # -- control
 
     def pause(self, mode: PauseMode) -> list[Finished]:
-        """Stop stepping; with "wait" once the running requests are done (see `is_drained`). "abort" ends them."""
+        """Stop stepping. "wait": only once what has begun is done; until then `pause_state` is "draining".
+
+        Requests that are queued and have not begun stay queued in every mode.
+        """
         self.pause_state = "draining" if mode == "wait" and self.scheduler.num_started else "paused"
         if mode != "abort":
             return []
         return [self._finish(state, "abort", None) for state in self.scheduler.started()]
 
-    def note_drained(self) -> None:
-        """A drain that has come to its end is a pause."""
-        if self.pause_state == "draining" and not self.scheduler.num_started:
-            self.pause_state = "paused"
+    def cancel_drain(self) -> None:
+        """Whoever wanted the pause went away before it came."""
+        if self.pause_state == "draining":
+            self.pause_state = "running"
 
     def resume(self) -> None:
         """Raises WeightUpdateError while the weights are half loaded."""

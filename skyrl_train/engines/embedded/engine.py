@@ -1,30 +1,53 @@
 """The embedded engine: the core behind asyncio.
 
-    caller --generate()--> future          inline: a task on the caller's event loop steps the core
-                             ^             thread: one worker thread steps it, the loop stays free
-                  step ------+
+    generate(request) --add--> core --step--> Finished --> the caller's future
 
-Whoever steps, steps alone: with `inline` everything happens on one loop; with `thread` commands wait for the end of
-the step that runs. An exception in a step fails every open request and closes the engine.
+All that touches the core goes through the driver (see drivers), so steps and commands never overlap. An exception
+in a step fails every open request and closes the engine for good.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
 from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMode
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore, Finished
+from skyrl_train.engines.embedded.drivers import Driver, InlineDriver, ThreadDriver
+from skyrl_train.engines.embedded.request import RequestState
 from skyrl_train.errors import EngineUnavailable, RequestRejected
 from skyrl_train.types import Completion, GenerateRequest, WeightUpdate
 
+DriverName = Literal["inline", "thread"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamedTokens:
+    """What a request gained since the last piece; the last piece carries the whole completion."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    completion: Completion | None = None
+
+
+@dataclass(eq=False, kw_only=True)
+class _Caller:
+    """Somebody who waits for a request: `done` for the completion, `pieces` for what a stream gains on the way."""
+
+    loop: asyncio.AbstractEventLoop
+    done: asyncio.Future[Completion]
+    state: RequestState | None = None
+    pieces: asyncio.Queue[StreamedTokens | EngineUnavailable] | None = None
+    num_sent: int = 0
+
 
 class EmbeddedEngine:
-    """Implements `engines.base.Engine`."""
+    """Implements `engines.base.Engine`. `driver` "inline" is deterministic, "thread" keeps the event loop free."""
 
     def __init__(
         self,
@@ -34,53 +57,107 @@ class EmbeddedEngine:
         config: EmbeddedConfig,
         name: str = "embedded-0",
         policy_version: int = 0,
+        driver: DriverName = "inline",
     ) -> None:
-        self._core = EngineCore(model, tokenizer, config=config, name=name, policy_version=policy_version)
-        self._futures: dict[str, asyncio.Future[Completion]] = {}
-        self._driver: asyncio.Task[None] | None = None
-        self._changed = asyncio.Event()
+        self.core = EngineCore(model, tokenizer, config=config, name=name, policy_version=policy_version)
+        self._callers: dict[str, _Caller] = {}
+        self._streams: dict[str, _Caller] = {}
+        self._drained: list[asyncio.Future[None]] = []
         self._failure: BaseException | None = None
         self._closed = False
+        kind: type[InlineDriver] | type[ThreadDriver] = InlineDriver if driver == "inline" else ThreadDriver
+        self._driver: Driver = kind(name, self._step)
 
     @property
     def info(self) -> EngineInfo:
-        return self._core.info
+        return self.core.info
 
     async def stats(self) -> EngineStats:
-        return self._core.stats()
+        return await self._driver.call(self.core.stats)
+
+    # -- requests
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        self._check_open()
-        self._core.add(request)
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._futures[request.request_id] = future
-        self._wake_driver()
+        caller = await self._submit(request, streams=False)
         try:
-            return await future
+            return await caller.done
         finally:
-            if self._futures.pop(request.request_id, None) is not None:
-                self._core.abort([request.request_id])
+            self._leave(request.request_id, caller)
+
+    async def stream(self, request: GenerateRequest) -> AsyncIterator[StreamedTokens]:
+        """Like `generate`, in pieces as they are sampled; leaving the iteration aborts the request."""
+        caller = await self._submit(request, streams=True)
+        assert caller.pieces is not None
+        try:
+            while True:
+                piece = await caller.pieces.get()
+                if isinstance(piece, EngineUnavailable):
+                    raise piece
+                yield piece
+                if piece.completion is not None:
+                    return
+        finally:
+            self._leave(request.request_id, caller)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        self._deliver(self._core.abort(request_ids))
+        ids = tuple(request_ids)
+        await self._driver.call(lambda: self._deliver(self.core.abort(ids)))
+
+    async def _submit(self, request: GenerateRequest, *, streams: bool) -> _Caller:
+        loop = asyncio.get_running_loop()
+        caller = _Caller(loop=loop, done=loop.create_future(), pieces=asyncio.Queue() if streams else None)
+
+        def add() -> None:
+            self._check_open()
+            caller.state = self.core.add(request)
+            self._callers[request.request_id] = caller
+            if streams:
+                self._streams[request.request_id] = caller
+
+        try:
+            await self._driver.call(add)
+        except asyncio.CancelledError:
+            self._leave(request.request_id, caller)
+            raise
+        return caller
+
+    def _leave(self, request_id: str, caller: _Caller) -> None:
+        """The caller goes: end its request if it still runs."""
+
+        def drop() -> None:
+            if self._callers.get(request_id) is caller:
+                self._forget(request_id)
+                self.core.abort([request_id])
+
+        if caller.done.cancelled() or not caller.done.done():
+            self._driver.post(drop)
+
+    # -- control
 
     async def pause(self, mode: PauseMode = "keep") -> None:
-        self._check_open()
-        self._deliver(self._core.pause(mode))
-        while self._core.pause_state == "draining":
-            self._wake_driver()
-            self._changed.clear()
-            await self._changed.wait()
+        drained: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def begin() -> bool:
             self._check_open()
+            self._deliver(self.core.pause(mode))
+            if self.core.pause_state == "draining":
+                self._drained.append(drained)
+                return True
+            return False
+
+        if not await self._driver.call(begin):
+            return
+        try:
+            await drained
+        except asyncio.CancelledError:
+            self._driver.post(self.core.cancel_drain)
+            raise
 
     async def resume(self) -> None:
-        self._check_open()
-        self._core.resume()
-        self._wake_driver()
+        await self._driver.call(self._guarded(self.core.resume))
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        self._check_open()
-        self._core.update_weights(update)
+        await self._driver.call(self._guarded(lambda: self.core.update_weights(update)))
 
     async def open_session(self, capacity: int) -> str:
         raise RequestRejected(f"engine {self.info.name} has no sessions; send whole prompts")
@@ -95,11 +172,83 @@ class EmbeddedEngine:
         raise RequestRejected(f"engine {self.info.name} can't sleep")
 
     async def close(self) -> None:
+        """Open requests fail with EngineUnavailable. A second call does nothing."""
+        if self._closed:
+            return
         self._closed = True
-        self._fail_all(EngineUnavailable(f"engine {self.info.name} was closed"))
-        self._changed.set()
-        if self._driver is not None:
-            await asyncio.gather(self._driver, return_exceptions=True)
+        self._driver.post(lambda: self._fail_all(f"engine {self.info.name} was closed", None))
+        await self._driver.close()
+
+    # -- inside the driver
+
+    def _step(self) -> bool:
+        core = self.core
+        if self._failure is not None or self._closed or not core.has_work:
+            return False
+        try:
+            finished = core.step()
+        except Exception as exc:  # the one boundary: every caller gets it, chained
+            self._failure = exc
+            self._fail_all(f"engine {self.info.name} failed: {exc}", exc)
+            return False
+        self._deliver(finished)
+        if self._streams:
+            self._send_pieces()
+        if self._drained and core.pause_state != "draining":
+            self._end_drain()
+        return core.has_work
+
+    def _deliver(self, finished: Sequence[Finished]) -> None:
+        for item in finished:
+            caller = self._forget(item.completion.request_id)
+            if caller is None:
+                continue
+            if caller.pieces is not None:
+                self._send(caller, item.completion.token_ids, item.completion.logprobs, item.completion)
+            _on_loop(caller.loop, caller.done, item.completion)
+
+    def _send_pieces(self) -> None:
+        for caller in self._streams.values():
+            assert caller.state is not None
+            tokens, logprobs = self.core.answer_so_far(caller.state)
+            if len(tokens) > caller.num_sent:
+                self._send(caller, tokens, logprobs, None)
+
+    def _send(
+        self, caller: _Caller, tokens: tuple[int, ...], logprobs: tuple[float, ...], completion: Completion | None
+    ) -> None:
+        assert caller.pieces is not None
+        begin, caller.num_sent = caller.num_sent, len(tokens)
+        piece = StreamedTokens(token_ids=tokens[begin:], logprobs=logprobs[begin:], completion=completion)
+        caller.loop.call_soon_threadsafe(caller.pieces.put_nowait, piece)
+
+    def _forget(self, request_id: str) -> _Caller | None:
+        self._streams.pop(request_id, None)
+        return self._callers.pop(request_id, None)
+
+    def _end_drain(self) -> None:
+        waiters, self._drained = self._drained, []
+        for waiter in waiters:
+            _on_loop(waiter.get_loop(), waiter, None)
+
+    def _fail_all(self, message: str, cause: BaseException | None) -> None:
+        """Each waiter gets an error object of its own: a shared one would collect all their tracebacks."""
+
+        def error() -> EngineUnavailable:
+            result = EngineUnavailable(message)
+            result.__cause__ = cause
+            return result
+
+        for caller in self._callers.values():
+            if caller.pieces is not None:
+                caller.loop.call_soon_threadsafe(caller.pieces.put_nowait, error())
+            else:
+                _on_loop(caller.loop, caller.done, error())
+        for waiter in self._drained:
+            _on_loop(waiter.get_loop(), waiter, error())
+        self._callers.clear()
+        self._streams.clear()
+        self._drained.clear()
 
     def _check_open(self) -> None:
         if self._failure is not None:
@@ -107,34 +256,30 @@ class EmbeddedEngine:
         if self._closed:
             raise EngineUnavailable(f"engine {self.info.name} is closed")
 
-    def _wake_driver(self) -> None:
-        if (self._driver is None or self._driver.done()) and self._core.has_work:
-            self._driver = asyncio.create_task(self._drive(), name=f"{self.info.name} driver")
+    def _guarded(self, command: Callable[[], None]) -> Callable[[], None]:
+        def run() -> None:
+            self._check_open()
+            command()
 
-    async def _drive(self) -> None:
-        core = self._core
-        while core.has_work and not self._closed:
-            try:
-                finished = core.step()
-            except Exception as exc:
-                self._failure = exc
-                self._fail_all(EngineUnavailable(f"engine {self.info.name} failed: {exc}"), cause=exc)
-                self._changed.set()
-                return
-            self._deliver(finished)
-            core.note_drained()
-            self._changed.set()
-            await asyncio.sleep(0)
+        return run
 
-    def _deliver(self, finished: Sequence[Finished]) -> None:
-        for item in finished:
-            future = self._futures.pop(item.completion.request_id, None)
-            if future is not None and not future.done():
-                future.set_result(item.completion)
 
-    def _fail_all(self, error: Exception, cause: BaseException | None = None) -> None:
-        error.__cause__ = cause
-        futures, self._futures = self._futures, {}
-        for future in futures.values():
-            if not future.done():
-                future.set_exception(error)
+def _on_loop(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcome: object) -> None:
+    """Settle a future on its own loop, unless its owner went away."""
+
+    def settle() -> None:
+        if future.done():
+            return
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+    try:
+        running = asyncio.get_running_loop()
+    except RuntimeError:
+        running = None
+    if running is loop:
+        settle()
+    elif not loop.is_closed():
+        loop.call_soon_threadsafe(settle)

@@ -96,7 +96,7 @@ def probe_layers(model: torch.nn.Module) -> dict[int, KVShape]:
             f"load it with attn_implementation={ATTENTION_NAME!r}"
         )
     has_dropout = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
-    if model.training and (has_dropout or getattr(config.get_text_config(), "attention_dropout", 0)):
+    if model.training and (has_dropout or config.get_text_config().to_dict().get("attention_dropout")):
         raise ConfigError("embedded engine: the model is in training mode and has dropout; set its dropout to 0")
     device = next(model.parameters()).device
     probe = ShapeProbe()
