@@ -79,7 +79,7 @@ class ModelRunner:
             slot_table=self._slot_table,
         )
         # 0 keeps every row and spares the model a gather.
-        return batch, 0 if len(sample_rows) == total else torch.tensor(sample_rows)
+        return batch, 0 if len(sample_rows) == total else torch.tensor(sample_rows, dtype=torch.long)
 
 
 def probe_layers(model: torch.nn.Module) -> dict[int, KVShape]:

@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from skyrl_train.engines.embedded.config import KVShape
+from skyrl_train.engines.embedded.kv_pool import KVPool
+from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
+
+
+def make_pool(num_slots: int = 32) -> KVPool:
+    shape = KVShape(num_kv_heads=1, head_dim=2, dtype=torch.float32)
+    return KVPool({0: shape}, num_slots, torch.device("cpu"))
+
+
+def tokens(*ids: int) -> np.ndarray:
+    return np.array(ids, dtype=np.int32)
+
+
+def put(cache: RadixCache, pool: KVPool, ids: np.ndarray) -> np.ndarray:
+    """Insert a sequence as a finished request would: what is cached already is reused."""
+    _, matched = cache.match(ids)
+    slots = np.concatenate((matched, pool.allocate(len(ids) - len(matched))))
+    cache.insert(ids, slots, owned_from=len(matched))
+    cache.check_integrity()
+    return slots
+
+
+def test_freed_slots_come_back_first() -> None:
+    pool = make_pool(8)
+    first = pool.allocate(3)
+    assert first.tolist() == [0, 1, 2]
+    pool.free(first)
+    assert pool.allocate(2).tolist() == [0, 1]
+    assert pool.num_free == 6
+
+
+def test_freeing_a_slot_twice_is_caught() -> None:
+    pool = make_pool(4)
+    slots = pool.allocate(1)
+    pool.free(slots)
+    with pytest.raises(AssertionError, match="freed twice"):
+        pool.free(slots)
+
+
+def test_a_partly_matching_sequence_shares_the_common_prefix() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    slots = put(cache, pool, tokens(5, 6, 7, 8))
+    node, matched = cache.match(tokens(5, 6, 9))
+    assert matched.tolist() == slots[:2].tolist()
+    assert node.tokens.tolist() == [5, 6]
+    cache.check_integrity()
+
+
+def test_inserting_what_is_cached_frees_the_duplicate_slots() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    put(cache, pool, tokens(1, 2, 3))
+    free = pool.num_free
+    cache.insert(tokens(1, 2, 3), pool.allocate(3), owned_from=0)
+    assert pool.num_free == free
+
+
+def test_the_least_recently_used_leaf_is_evicted_first_and_from_its_end() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    put(cache, pool, tokens(1, 2, 3))
+    put(cache, pool, tokens(4, 5, 6))
+    old = cache.match(tokens(1, 2, 3))[0]
+    cache.lock(old)
+    cache.unlock(old)  # used again: [4 5 6] is now the oldest
+    cache.evict(2)
+    assert len(cache.match(tokens(4, 5, 6))[1]) == 1
+    assert len(cache.match(tokens(1, 2, 3))[1]) == 3
+    cache.check_integrity()
+
+
+def test_a_locked_prefix_survives_eviction_of_everything_else() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    put(cache, pool, tokens(1, 2, 3, 4))
+    put(cache, pool, tokens(1, 2, 9))
+    node, matched = cache.match(tokens(1, 2))
+    cache.lock(node)
+    cache.evict(cache.num_evictable)
+    assert cache.match(tokens(1, 2, 3, 4))[1].tolist() == matched.tolist()
+    with pytest.raises(AssertionError):
+        cache.evict(1)
+    cache.unlock(node)
+    cache.check_integrity()
+
+
+def test_many_uses_of_one_leaf_do_not_make_the_queue_of_victims_grow() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    put(cache, pool, tokens(1, 2, 3))
+    node = cache.match(tokens(1, 2, 3))[0]
+    for _ in range(1000):
+        cache.lock(node)
+        cache.unlock(node)
+    assert len(cache._heap) < 100
+    cache.check_integrity()
+
+
+sequences = st.lists(st.integers(0, 2), min_size=1, max_size=8)
+operations = st.lists(
+    st.tuples(st.sampled_from(["put", "lock", "unlock", "evict", "flush"]), sequences, st.integers(0, 40)), max_size=60
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(operations)
+def test_the_tree_agrees_with_a_table_of_prefixes(script: list[tuple[str, list[int], int]]) -> None:
+    """A dictionary prefix -> slot is the slow reference; eviction may only shorten what is not locked."""
+    pool = make_pool(40)
+    cache = RadixCache(pool)
+    table: dict[tuple[int, ...], int] = {}
+    locked: list[tuple[Node, tuple[int, ...]]] = []
+    for verb, ids, number in script:
+        if verb == "put":
+            missing = len(ids) - len(cache.match(tokens(*ids))[1])
+            if missing <= pool.num_free:
+                slots = put(cache, pool, tokens(*ids))
+                table |= {tuple(ids[: i + 1]): int(slot) for i, slot in enumerate(slots)}
+        elif verb == "lock":
+            node, matched = cache.match(tokens(*ids))
+            cache.lock(node)
+            locked.append((node, tuple(ids[: len(matched)])))
+        elif verb == "unlock" and locked:
+            cache.unlock(locked.pop(number % len(locked))[0])
+        elif verb == "evict":
+            cache.evict(min(number, cache.num_evictable))
+        elif verb == "flush" and not locked:
+            cache.flush()
+            assert pool.num_free == pool.num_slots
+        cache.check_integrity()
+        known = {tuple(path): slot for path, slot in _paths(cache)}
+        assert known.items() <= table.items()
+        for _, prefix in locked:
+            assert all(prefix[: i + 1] in known for i in range(len(prefix)))
+        if verb == "put" and tuple(ids) in known:
+            assert cache.match(tokens(*ids))[1].tolist() == [table[tuple(ids[: i + 1])] for i in range(len(ids))]
+        table = known
+
+
+def _paths(cache: RadixCache) -> list[tuple[list[int], int]]:
+    """Every prefix in the tree with the slot of its last token."""
+    found: list[tuple[list[int], int]] = []
+    stack = [(cache.root, [])]
+    while stack:
+        node, prefix = stack.pop()
+        for child in node.children.values():
+            path = list(prefix)
+            for token, slot in zip(child.tokens, child.slots, strict=True):
+                path = [*path, int(token)]
+                found.append((path, int(slot)))
+            stack.append((child, path))
+    return found
