@@ -51,7 +51,10 @@ class WarmStart:
 
 @dataclass(kw_only=True)
 class RunView:
-    """All that is known of the run. `history` has (step, value) for the metrics that are drawn as curves."""
+    """All that is known of the run; `total_steps` 0 is not known yet.
+
+    `history` has (step, value) for the metrics that are drawn as curves.
+    """
 
     run_name: str
     total_steps: int
@@ -138,7 +141,8 @@ def _header(view: RunView, inner: int) -> list[RenderableType]:
         right.append("  left ", "dim").append(duration(view.eta_s))
     line = _sides(left, right)
     state = view.stopped or (view.phase if view.phase else "starting")
-    label = Text(no_wrap=True).append(f"step {view.step}/{view.total_steps}", "bold")
+    of = f"/{view.total_steps}" if view.total_steps else ""
+    label = Text(no_wrap=True).append(f"step {view.step}{of}", "bold")
     tail = Text(state, "red" if view.stopped == "failed" else "yellow" if view.stopped is None else "green")
     room = inner - len(label) - max(len(tail), 12) - 3
     bar = _bar(view.step / max(view.total_steps, 1), max(room, 4), "cyan")

@@ -35,14 +35,14 @@ class Progress:
             progress.step(1, metrics, samples)
 
     `mode` auto is live on a terminal that can (not with NO_COLOR, CI or TERM=dumb set), else plain; off is silent.
-    `first_step` is the step that a resumed run starts after: it counts for the time left. In live mode what others
-    print or log appears above the view; the terminal is restored however the block ends.
+    `total_steps` 0 is not known yet: `set_total` says it. `first_step` is the step that a resumed run starts after.
+    In live mode what others print or log appears above the view; the terminal is restored however the block ends.
     """
 
     def __init__(
         self,
         run_name: str,
-        total_steps: int,
+        total_steps: int = 0,
         *,
         model: str = "",
         engine: str = "",
@@ -74,8 +74,8 @@ class Progress:
             self._move_log_handlers()
         else:
             view = self.view
-            facts = [f"model {view.model}" * bool(view.model), f"engine {view.engine}" * bool(view.engine)]
-            self._line("  ".join([f"run {view.run_name}", *filter(None, facts), f"{view.total_steps} steps"]))
+            facts = {"run": view.run_name, "model": view.model, "engine": view.engine, "steps": view.total_steps}
+            self._line("  ".join(f"{name} {value}" for name, value in facts.items() if value))
         return self
 
     def __exit__(self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: object) -> None:
@@ -89,6 +89,13 @@ class Progress:
                 self._restore_log_handlers()
                 self._live = None
         self._line(self.summary())
+
+    def set_total(self, total_steps: int, *, first_step: int = 0) -> None:
+        """Known once the data is read and a checkpoint is found: the last step, and the one that is done already."""
+        with self._lock:
+            self.view.total_steps, self.view.step, self._first_step = total_steps, first_step, first_step
+        if self._live is None:
+            self._line(f"steps {total_steps}" + (f"  done {first_step}" if first_step else ""))
 
     def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Curves of the steps that were done before a resume: rows as `read_metrics` gives them."""
@@ -122,7 +129,7 @@ class Progress:
             if step > self._first_step:
                 self._step_ends.append(self._clock())
         if self._live is None:
-            self._line(step_line(step, metrics, total_steps=self.view.total_steps))
+            self._line(step_line(step, metrics, total_steps=self.view.total_steps or None))
 
     def message(self, text: str) -> None:
         """A line that stays: above the view in live mode, on its own in plain mode."""
@@ -132,7 +139,8 @@ class Progress:
         """One line: steps, time, and held-out accuracy from first to last."""
         view = self.view
         elapsed = duration(self._clock() - self._started)
-        line = f"{view.run_name}: {view.stopped or 'running'} at step {view.step}/{view.total_steps} after {elapsed}"
+        of = f"/{view.total_steps}" if view.total_steps else ""
+        line = f"{view.run_name}: {view.stopped or 'running'} at step {view.step}{of} after {elapsed}"
         accuracy = view.history.get(ACCURACY)
         if accuracy:
             first, last = accuracy[0][1], accuracy[-1][1]

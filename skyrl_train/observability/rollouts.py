@@ -12,8 +12,8 @@
 one, null where nothing did. `versions` count tokens over all turns. Evaluations go to `eval_000010.jsonl`.
 
 What is kept: every `every_steps`-th step, the first step and the last; of each, whole groups in the batch's order
-until `max_trajectories` are reached (at least one group), and every failed trajectory (its `prompt` is null). Nothing is drawn at
-random: the same run writes the same files.
+until `max_trajectories` are reached (at least one group), and every failed trajectory (its `prompt` is null).
+Nothing is drawn at random: the same run writes the same files.
 """
 
 from __future__ import annotations

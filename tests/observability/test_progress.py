@@ -117,7 +117,7 @@ def test_where_there_is_no_terminal_each_step_is_a_line() -> None:
         progress.message("checkpoint saved\nand exported")
         progress.step(2, {"reward/mean": 0.625, "eval/accuracy": 0.5})
     assert out.getvalue().splitlines() == [
-        "run quickstart  model tiny  engine embedded  120 steps",
+        "run quickstart  model tiny  engine embedded  steps 120",
         "step   0/120  accuracy 34.4%",
         "step   1/120  reward 0.500",
         "checkpoint saved",
@@ -168,3 +168,18 @@ def test_a_resumed_run_shows_the_curves_of_the_steps_before() -> None:
         progress.step(3, {"eval/accuracy": 0.6})
     assert progress.view.history["eval/accuracy"] == [(0, 0.3), (3, 0.6)]
     assert "held-out accuracy 30.0% → 60.0%" in progress.summary()
+
+
+def test_the_number_of_steps_may_become_known_later() -> None:
+    out = io.StringIO()
+    with Progress("r", console=Console(file=out), clock=lambda: 0.0) as progress:
+        progress.message("reading data")
+        progress.set_total(8, first_step=5)
+        progress.step(6, {})
+    assert out.getvalue().splitlines() == [
+        "run r",
+        "reading data",
+        "steps 8  done 5",
+        "step 6/8",
+        "r: done at step 6/8 after 0.00s",
+    ]
