@@ -1,0 +1,291 @@
+"""Tokens per second of rollouts: our embedded engine beside transformers' two, on the same weights in one run.
+
+    python -m benchmarks.rollouts                                  # 64 requests of mixed length on this CPU
+    python -m benchmarks.rollouts --device cuda --dtype bfloat16 --shape 0.5b --requests 256 --prompt 128 --new 256
+
+Each engine is first tuned (one run per setting and thread count; the fastest stays), then checked against the plain
+model, then timed in turn with the others. README.md says what is counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from benchmarks import machine
+from benchmarks.check import Agreement, check_outputs
+from benchmarks.limits import Ceilings, RolloutLimit, measure_ceilings, rollout_limit
+from benchmarks.measure import Timing, median_cpu_s, median_wall_s, others_frac, take_turns, time_once
+from benchmarks.models import SHAPES, build_model, twin_on_same_weights
+from benchmarks.report import RESULTS, Report, rate
+from benchmarks.samplers.base import Sampler
+from benchmarks.samplers.embedded import EmbeddedSampler
+from benchmarks.samplers.generate import GenerateSampler
+from benchmarks.samplers.generate_batch import GenerateBatchSampler
+from benchmarks.workload import LengthRange, Output, Request, describe, draw_requests, num_new_tokens
+from skyrl_train.attention import ATTENTION_NAME
+
+OURS = "skyrl_train"
+ENGINES = ("generate", "generate_batch", OURS)
+CACHES = ("dynamic", "static", "compiled")
+MODES = {"sampled": False, "greedy": True}
+NUM_CHECKED = 8
+
+MakeSampler = Callable[[], Sampler]
+Rounds = Generator[list[MakeSampler], int, None]
+
+
+@dataclass
+class Result:
+    """Of one engine: its best setting, or why it has none."""
+
+    engine: str
+    sampler: Sampler | None = None
+    error: str = ""
+    agreement: dict[str, Agreement] = field(default_factory=dict)
+    timings: dict[str, list[Timing]] = field(default_factory=dict)
+
+    @property
+    def ready(self) -> Sampler:
+        assert self.sampler is not None, f"{self.engine}: {self.error}"
+        return self.sampler
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollouts", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--prompt", type=LengthRange.parse, default=LengthRange(low=16, high=128), metavar="LOW:HIGH")
+    parser.add_argument("--new", type=LengthRange.parse, default=LengthRange(low=16, high=256), metavar="LOW:HIGH")
+    parser.add_argument("--seed", type=int, default=0, help="of weights and workload")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--engines", type=_names(ENGINES), default=ENGINES, help="comma-separated; default: all")
+    parser.add_argument("--modes", type=_names(tuple(MODES)), default=tuple(MODES), help="sampled,greedy")
+    parser.add_argument("--threads", type=_ints, default=None, help="thread counts to tune over; default: 1 and all")
+    parser.add_argument("--generate-batches", type=_ints, default=(16, 32, 64), help="batch sizes to tune over")
+    parser.add_argument("--generate-caches", type=_names(CACHES), default=("dynamic", "static"))
+    parser.add_argument("--concurrent", type=_ints, default=(32, 64), help="generate_batch: running requests")
+    parser.add_argument("--name", default=None, help="stem of the result files; default: rollouts-SHAPE-REQUESTS")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    args.dtype = getattr(torch, args.dtype)
+    args.threads = args.threads or tuple(sorted({1, machine.num_cores()}))
+    args.name = args.name or f"rollouts-{args.shape}-{args.requests}"
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> list[Result]:
+    args = parse_args(argv)
+    transformers_logging.set_verbosity_error()
+    shape = SHAPES[args.shape]
+    report = Report(
+        f"Rollouts: {args.requests} requests, {args.shape}", f"{args.name}-{machine.slug(args.device)}", args.out
+    )
+    requests = draw_requests(
+        args.requests, prompt=args.prompt, new=args.new, vocab_size=shape.vocab_size, seed=args.seed
+    )
+    report.log(describe(requests))
+    ceilings = measure_ceilings(shape, args.device, args.dtype)
+    limit = rollout_limit(shape, requests, ceilings)
+    report.log(f"{ceilings}; limit {limit.tokens_per_s:,.0f} tokens/s")
+    model = build_model(
+        shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed
+    ).requires_grad_(False)
+
+    results = []
+    for engine in args.engines:
+        result = Result(engine=engine)
+        try:
+            result.sampler = tune(settings(engine, model, requests, args), requests, args.device, report)
+            check(result, model, requests, args.modes, report)
+        except Exception as exc:  # one engine that can't run here is a row of the table, not the end of the run
+            report.log(traceback.format_exc())
+            result = Result(engine=engine, error=f"can't run: {type(exc).__name__}: {str(exc).splitlines()[0][:160]}")
+        results.append(result)
+    running = [result for result in results if result.sampler is not None]
+    for mode in args.modes:
+        for result in running:
+            result.ready.prepare(greedy=MODES[mode])
+            warm_up(result.ready, requests, mode)
+        actions = {result.engine: partial(run, result.ready, requests, mode) for result in running}
+        timings = take_turns(actions, repetitions=args.repetitions, device=args.device, log=report.log)
+        for result in running:
+            result.timings[mode] = timings[result.engine]
+    for result in running:
+        result.ready.close()
+
+    write(report, results, args, requests, ceilings, limit)
+    return results
+
+
+def settings(engine: str, model: PreTrainedModel, requests: Sequence[Request], args: argparse.Namespace) -> Rounds:
+    """Rounds of settings; the thread count of the fastest so far is sent in for the next round (see `tune`)."""
+    threads = args.threads if args.device == "cpu" else (torch.get_num_threads(),)
+    if engine == OURS:
+        twin = twin_on_same_weights(model, attn_implementation=ATTENTION_NAME)
+        yield [partial(EmbeddedSampler, twin, requests, num_threads=n) for n in threads]
+    elif engine == "generate":
+        batches = [n for n in args.generate_batches if n < args.requests] + [args.requests]
+        best = yield [
+            partial(GenerateSampler, model, batch_size=batches[-1], cache=args.generate_caches[0], num_threads=n)
+            for n in threads
+        ]
+        yield [
+            partial(GenerateSampler, model, batch_size=batch, cache=cache, num_threads=best)
+            for cache in args.generate_caches
+            for batch in batches
+            if (batch, cache) != (batches[-1], args.generate_caches[0])
+        ]
+    else:
+        concurrent = sorted({min(n, args.requests) for n in args.concurrent})
+        make = partial(GenerateBatchSampler, model, requests, page_size=16 if args.device == "cpu" else 256)
+        best = yield [partial(make, max_requests=concurrent[-1], num_threads=n) for n in threads]
+        yield [partial(make, max_requests=n, num_threads=best) for n in concurrent[:-1]]
+
+
+def tune(rounds: Rounds, requests: Sequence[Request], device: str, report: Report) -> Sampler:
+    """The fastest of all settings, sampled; each runs once over everything after a short warm-up."""
+    best: tuple[float, MakeSampler, int] | None = None
+    try:
+        makers = next(rounds)
+        while True:
+            for make in makers:
+                sampler = make()
+                try:
+                    warm_up(sampler, requests, "sampled")
+                    timing = time_once(partial(run, sampler, requests, "sampled"), device)
+                finally:
+                    sampler.close()
+                report.log(
+                    f"tuning, {sampler.name}: {timing}, {rate(num_new_tokens(requests), timing.wall_s)} tokens/s"
+                )
+                if best is None or timing.wall_s < best[0]:
+                    best = (timing.wall_s, make, sampler.num_threads)
+            assert best is not None
+            makers = rounds.send(best[2])
+    except StopIteration:
+        pass
+    assert best is not None
+    return best[1]()
+
+
+def warm_up(sampler: Sampler, requests: Sequence[Request], mode: str) -> None:
+    """What is compiled or captured depends on the shapes, so then everything runs once; else a taste is enough."""
+    if torch.cuda.is_available() or "compiled" in sampler.name:
+        run(sampler, requests, mode)
+        return
+    short = [Request(prompt_token_ids=r.prompt_token_ids[:8], max_new_tokens=4) for r in requests[:4]]
+    run(sampler, short, mode)
+
+
+def run(sampler: Sampler, requests: Sequence[Request], mode: str) -> list[Output]:
+    torch.set_num_threads(sampler.num_threads)
+    return sampler.run(requests, greedy=MODES[mode])
+
+
+def check(
+    result: Result, model: PreTrainedModel, requests: Sequence[Request], modes: Sequence[str], report: Report
+) -> None:
+    """Runs the whole workload in each mode, which warms the engine up as well; checks the first few completions."""
+    for mode in modes:
+        outputs = run(result.ready, requests, mode)
+        agreement = check_outputs(model, requests[:NUM_CHECKED], outputs[:NUM_CHECKED], greedy=MODES[mode])
+        wrong = [i for i, r in enumerate(requests) if len(outputs[i].token_ids) != r.max_new_tokens]
+        assert not wrong, f"{result.engine}: requests {wrong} have another length than was asked for"
+        report.log(f"check, {result.ready.name}, {mode}: {agreement}")
+        result.agreement[mode] = agreement
+
+
+def write(
+    report: Report,
+    results: list[Result],
+    args: argparse.Namespace,
+    requests: Sequence[Request],
+    ceilings: Ceilings,
+    limit: RolloutLimit,
+) -> None:
+    tokens = num_new_tokens(requests)
+    dtype = str(args.dtype).removeprefix("torch.")
+    report.facts(
+        {
+            **machine.describe(args.device),
+            "model": f"Qwen2 of shape {args.shape}, {SHAPES[args.shape].num_step_weights / 1e6:.1f} million weights a "
+            f"step, {dtype}, random with seed {args.seed}",
+            "workload": f"{describe(requests)}; seed {args.seed}",
+            "measured ceilings": str(ceilings),
+            "limit": f"{limit.tokens_per_s:,.0f} tokens/s: {limit.step_weight_bytes / 1e6:.1f} MB of weights a step, "
+            f"{limit.kv_bytes / 1e9:.2f} GB of keys and values and {limit.flops / 1e12:.3g} TFLOP in all",
+        }
+    )
+    for mode in args.modes:
+        timed = [result for result in results if mode in result.timings]
+        peers = [result for result in timed if result.engine != OURS]
+        best_peer = min((median_wall_s(result.timings[mode]) for result in peers), default=None)
+        rows = []
+        for result in results:
+            if result not in timed:
+                rows.append([result.engine, result.error, *[""] * 7])
+                continue
+            timings = result.timings[mode]
+            median, walls = median_wall_s(timings), [timing.wall_s for timing in timings]
+            others = others_frac(timings)
+            rows.append(
+                [
+                    result.engine,
+                    result.ready.name,
+                    rate(tokens, median),
+                    rate(tokens, max(walls)),
+                    rate(tokens, min(walls)),
+                    "" if best_peer is None else f"{best_peer / median:.2f}",
+                    f"{tokens / median / limit.tokens_per_s:.1%}",
+                    f"{median_cpu_s(timings):.1f}",
+                    "" if others is None else f"{others:.0%}",
+                ]
+            )
+        report.text(f"## {mode.capitalize()}: new tokens per second")
+        report.table(
+            (
+                "engine",
+                "setting (the fastest tried)",
+                f"median of {args.repetitions}",
+                "min",
+                "max",
+                "over the best peer",
+                "of the limit",
+                "processor s",
+                "processors used by others, up to",
+            ),
+            rows,
+        )
+        checked = [f"{result.engine}: {result.agreement[mode]}" for result in timed]
+        report.text(f"Checked on {min(NUM_CHECKED, len(requests))} requests, {mode}. " + ". ".join(checked) + ".")
+    report.save()
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _names(allowed: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    def names(text: str) -> tuple[str, ...]:
+        chosen = tuple(text.split(","))
+        unknown = [name for name in chosen if name not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)} is none of {', '.join(allowed)}")
+        return chosen
+
+    return names
+
+
+if __name__ == "__main__":
+    main()

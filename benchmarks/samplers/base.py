@@ -1,0 +1,27 @@
+"""What a benchmark asks of an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from benchmarks.workload import Output, Request
+
+
+class Sampler(Protocol):
+    """One engine in one setting, ready to run. `name` says which setting.
+
+    `run` is what is timed: all requests from token ids to token ids and log-probabilities, each of exactly its
+    length, at temperature 1 from the whole distribution, or greedily. Results come in the requests' order.
+    """
+
+    name: str
+    num_threads: int
+
+    def prepare(self, *, greedy: bool) -> None:
+        """Set-up for a mode that is not to be timed."""
+        ...
+
+    def run(self, requests: Sequence[Request], *, greedy: bool) -> list[Output]: ...
+
+    def close(self) -> None: ...
