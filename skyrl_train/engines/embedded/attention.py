@@ -100,5 +100,7 @@ class ShapeProbe:
             )
         if layer_idx in self.layers:
             raise NotImplementedError(f"two attention layers share the index {layer_idx}")
-        self.layers[layer_idx] = KVShape(num_kv_heads=key.shape[1], head_dim=key.shape[2], dtype=key.dtype)
+        self.layers[layer_idx] = KVShape(
+            num_heads=query.shape[1], num_kv_heads=key.shape[1], head_dim=key.shape[2], dtype=key.dtype
+        )
         return query.new_zeros(query.shape)

@@ -53,8 +53,12 @@ class EmbeddedConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class KVShape:
-    """One attention layer's cache: `num_kv_heads` x `head_dim` numbers for keys, as many for values."""
+    """One attention layer's cache: `num_kv_heads` x `head_dim` numbers for keys, as many for values.
 
+    `num_heads` query heads read it.
+    """
+
+    num_heads: int
     num_kv_heads: int
     head_dim: int
     dtype: torch.dtype

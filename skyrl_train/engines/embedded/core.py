@@ -79,7 +79,7 @@ class EngineCore:
         self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
         self.scheduler = Scheduler(config, self._seats, pool)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
-        backend = make_backend(config.attention_backend, device, next(iter(layers.values())).dtype)
+        backend = make_backend(config.attention_backend, device, layers)
         self._runner = ModelRunner(model, backend, pool, self._seats, max_rows)
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0

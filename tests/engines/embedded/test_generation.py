@@ -22,13 +22,14 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 8}),
     ("gemma3_text", {"sliding_window": 8, "num_hidden_layers": 8}),
     ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    ("llama", {"num_key_value_heads": 1, "head_dim": 24}),
+    ("llama", {"num_key_value_heads": 1, "head_dim": 32}),
 ]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("arch", "overrides"), VARIANTS)
-def test_greedy_tokens_equal_transformers_generate(arch: str, overrides: dict[str, Any]) -> None:
-    core = make_core(make_model(arch, **overrides))
+def test_greedy_tokens_equal_transformers_generate(arch: str, overrides: dict[str, Any], backend: str) -> None:
+    core = make_core(make_model(arch, **overrides), attention_backend=backend)
     eager = make_model(arch, attn_implementation="eager", **overrides)
     prompts = random_prompts(3, 20, 7, 40, 11)
     answers = run(core, [request(str(i), prompt, 20) for i, prompt in enumerate(prompts)])

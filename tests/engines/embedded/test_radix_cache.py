@@ -12,7 +12,7 @@ from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
 
 
 def make_pool(num_slots: int = 32) -> KVPool:
-    shape = KVShape(num_kv_heads=1, head_dim=2, dtype=torch.float32)
+    shape = KVShape(num_heads=1, num_kv_heads=1, head_dim=2, dtype=torch.float32)
     return KVPool({0: shape}, num_slots, torch.device("cpu"))
 
 

@@ -1,0 +1,1 @@
+"""Plain C kernels for the CPU, compiled on first use (see build)."""
