@@ -119,8 +119,8 @@ def _check_row(raw: Any, *, environment: str, prompt_key: str, target_key: str) 
         messages = tuple(dict(message) for message in prompt)
     else:
         raise DataError(
-            f"column {prompt_key!r} must be a string or a list of messages with role and content, found {prompt!r:.80}; "
-            f"columns here: {sorted(raw)}"
+            f"column {prompt_key!r} must be a string or a list of messages with role and content, "
+            f"found {prompt!r:.80}; columns here: {sorted(raw)}"
         )
     target: Any = raw
     for part in target_key.split("."):

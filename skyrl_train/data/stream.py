@@ -28,7 +28,8 @@ class PromptStream:
     def __init__(self, rows: Sequence[PromptRow], *, batch_size: int, seed: int, shuffle: bool = True) -> None:
         if len(rows) < batch_size:
             raise ConfigError(
-                f"trainer.train_batch_size is {batch_size}, the training data has {len(rows)} rows; lower one or add rows"
+                f"trainer.train_batch_size is {batch_size}, the training data has {len(rows)} rows; "
+                "lower the first or add rows"
             )
         self.num_rows = len(rows)
         self.batch_size = batch_size

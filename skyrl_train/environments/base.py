@@ -65,9 +65,10 @@ def find_environment(name: str) -> EnvironmentFactory:
     if path is None:
         known = ", ".join(sorted({*BUILT_IN, *registry}))
         raise ConfigError(
-            f"environment {name!r} is not known. Known: {known}. For your own, give its dotted path: my_package.my_module:MyEnv"
+            f"environment {name!r} is not known. Known: {known}. "
+            "For your own, give its dotted path: my_package.my_module:MyEnv"
         )
-    return load_object(path, wanted=f"environment {name!r}")
+    return cast(EnvironmentFactory, load_object(path, wanted=f"environment {name!r}"))
 
 
 def load_object(path: Any, *, wanted: str) -> Any:

@@ -50,7 +50,6 @@ class Agent:
         self, trajectory_id: TrajectoryId, prompt: Prompt, prompt_token_ids: tuple[int, ...], sampling: SamplingParams
     ) -> Trajectory:
         """One trajectory. An environment that raises fails this trajectory alone; an engine's failure passes on."""
-        # `finished` stays out of the handler's reach: what the engine raises is not the environment's fault.
         turns: list[Turn] = []
         rewards: list[float] = []
         try:

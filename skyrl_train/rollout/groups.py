@@ -13,15 +13,19 @@ from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, Trajectory, T
 
 @dataclass(frozen=True, kw_only=True)
 class Rollouts:
-    """What one batch of prompts became. Failed trajectories are in `failed`, never in a group."""
+    """What one batch of prompts became. Trajectories that failed are in `failed` by prompt, never in `groups`."""
 
     groups: tuple[ScoredGroup, ...]
-    failed: tuple[Trajectory, ...]
+    failed: tuple[ScoredGroup, ...]
 
     @property
     def trajectories(self) -> list[Trajectory]:
         """All that can be trained on, in order."""
         return [trajectory for group in self.groups for trajectory in group.trajectories]
+
+    @property
+    def num_failed(self) -> int:
+        return sum(len(group.trajectories) for group in self.failed)
 
     def metrics(self) -> dict[str, float]:
         """Reward and length figures of the batch."""
@@ -40,7 +44,7 @@ class Rollouts:
             "reward/min": min(rewards),
             "reward/informative_group_frac": informative / len(self.groups),
             "rollout/num_trajectories": count,
-            "rollout/num_failed": len(self.failed),
+            "rollout/num_failed": self.num_failed,
             "rollout/num_tokens": sum(lengths),
             "rollout/response_len_mean": sum(lengths) / count,
             "rollout/response_len_max": max(lengths),
@@ -76,18 +80,19 @@ async def run_groups(
             tasks.append([group.create_task(run(prompt, prompt_token_ids, k)) for k in range(num_samples)])
 
     groups: list[ScoredGroup] = []
-    failed: list[Trajectory] = []
+    failed: list[ScoredGroup] = []
     for prompt, row in zip(prompts, tasks, strict=True):
         trajectories = [task.result() for task in row]
-        failed += [trajectory for trajectory in trajectories if trajectory.status == "failed"]
-        whole = tuple(trajectory for trajectory in trajectories if trajectory.status != "failed")
-        if whole:
-            rewards = tuple(trajectory.reward for trajectory in whole)
-            groups.append(ScoredGroup(prompt=prompt, trajectories=whole, rewards=rewards))
+        for part, has_failed in ((groups, False), (failed, True)):
+            chosen = tuple(t for t in trajectories if (t.status == "failed") is has_failed)
+            if chosen:
+                part.append(ScoredGroup(prompt=prompt, trajectories=chosen, rewards=tuple(t.reward for t in chosen)))
+    rollouts = Rollouts(groups=tuple(groups), failed=tuple(failed))
     total = len(prompts) * num_samples
-    if len(failed) > max_failed_frac * total or not groups:
+    if rollouts.num_failed > max_failed_frac * total or not groups:
+        first = failed[0].trajectories[0]
         raise EnvironmentFailure(
-            f"{len(failed)} of {total} trajectories failed (environment.max_failed_frac allows {max_failed_frac:g}); "
-            f"first: {failed[0].id}: {failed[0].error}"
+            f"{rollouts.num_failed} of {total} trajectories failed (environment.max_failed_frac allows "
+            f"{max_failed_frac:g}); first: {first.id}: {first.error}"
         )
-    return Rollouts(groups=tuple(groups), failed=tuple(failed))
+    return rollouts

@@ -53,4 +53,5 @@ class Learner:
 def mini_batches(samples: Sequence[TrainingSample], num_prompts: int) -> list[list[TrainingSample]]:
     """Runs of `num_prompts` whole prompts, in order; the last may have fewer. [a a b c c] by 2: [a a b] [c c]."""
     prompts = [list(group) for _, group in groupby(samples, key=lambda sample: sample.trajectory_id.prompt_id)]
-    return [sum(prompts[i : i + num_prompts], []) for i in range(0, len(prompts), num_prompts)]
+    runs = (prompts[i : i + num_prompts] for i in range(0, len(prompts), num_prompts))
+    return [[sample for prompt in run for sample in prompt] for run in runs]

@@ -65,6 +65,11 @@ class PolicyTrainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
 
     @property
+    def model(self) -> PreTrainedModel:
+        """The policy's module; an engine in this process runs it as it is."""
+        return self._model
+
+    @property
     def has_reference(self) -> bool:
         return "reference" in self._heads
 

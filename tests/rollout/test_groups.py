@@ -80,7 +80,7 @@ async def test_a_reward_that_raises_fails_its_trajectory_alone() -> None:
         make_agent(generate), [prompt("a")], num_samples=4, sampling=SAMPLING, run_seed=0, max_failed_frac=0.25
     )
     assert [str(t.id) for t in out.trajectories] == ["a/0/0", "a/2/0", "a/3/0"]
-    (failed,) = out.failed
+    (failed,) = (t for group in out.failed for t in group.trajectories)
     assert (str(failed.id), failed.status, failed.error) == ("a/1/0", "failed", "ZeroDivisionError: no such answer")
     assert out.metrics()["rollout/num_failed"] == 1 and LengthEnv.open_count == 0
 

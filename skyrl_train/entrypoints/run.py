@@ -1,0 +1,195 @@
+"""One run from start to end: its folder, the models, resuming, Ctrl-C, the report."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from skyrl_train.config.load import LoadedConfig, plain
+from skyrl_train.data.chat import response_text
+from skyrl_train.data.stream import PromptStream, eval_prompts
+from skyrl_train.entrypoints.build import (
+    build_advantages,
+    build_agent,
+    build_engine,
+    build_learner,
+    load_data,
+    load_tokenizer,
+    sampling_params,
+)
+from skyrl_train.entrypoints.run_log import RunFiles
+from skyrl_train.entrypoints.run_state import RunState
+from skyrl_train.errors import ConfigError, SkyRLError
+from skyrl_train.loop import Job, Schedule, train
+from skyrl_train.observability.files import replace_file
+from skyrl_train.observability.metrics import read_metrics
+from skyrl_train.observability.phases import PhaseTimer
+from skyrl_train.observability.progress import Progress
+from skyrl_train.observability.report import write_report
+from skyrl_train.training.model import export_hf
+
+logger = logging.getLogger(__name__)
+
+DONE, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
+
+
+def run(loaded: LoadedConfig) -> int:
+    """Train, resume or finish the configured run; returns the exit code."""
+    run_dir = Path(loaded.config.trainer.run_path or "")
+    disable_progress_bar()  # transformers' own bars would tear the live view
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        with _only_run_in(run_dir):
+            return _run(loaded, run_dir)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    except (SkyRLError, ExceptionGroup) as exc:
+        # Many trajectories can fail of one cause; what is not ours is a bug and keeps its traceback.
+        leaves = _leaves(exc)
+        if not all(isinstance(leaf, SkyRLError) for leaf in leaves):
+            raise
+        for message in dict.fromkeys(str(leaf) for leaf in leaves):
+            print(f"error: {message}", file=sys.stderr)
+        return REFUSED if any(isinstance(leaf, ConfigError) for leaf in leaves) else FAILED
+
+
+def _run(loaded: LoadedConfig, run_dir: Path) -> int:
+    config, keys = loaded.config, loaded.config.trainer
+    torch.manual_seed(keys.seed)
+    replace_file(run_dir / "config.yaml", loaded.to_yaml().encode())
+    state = RunState(keys, plain(config))
+    with Progress(keys.run_name, 0, model=keys.policy.model.path, engine=config.generator.backend) as progress:
+        model_folder = Path(keys.policy.model.path)
+        tokenizer = load_tokenizer(model_folder)
+        data = load_data(config, tokenizer)
+        prompts = PromptStream(
+            data.train, batch_size=keys.train_batch_size, seed=keys.seed, shuffle=config.data.shuffle
+        )
+        total_steps = min(prompts.num_steps(keys.epochs), keys.max_steps or sys.maxsize)
+        learner = build_learner(config, model_folder, total_steps=total_steps)
+        first_step = state.restore(learner.trainer, prompts)
+        if first_step:
+            progress.message(f"resumed after step {first_step} from {state.resumed_from}")
+        for change in state.changes:
+            progress.message(f"changed since that checkpoint: {change}")
+        if state.set_aside is not None:
+            progress.message(f"checkpoints of the earlier run were moved to {state.set_aside}")
+        engine = build_engine(config, learner, tokenizer)
+        progress.set_total(total_steps, first_step=first_step)
+        if first_step:
+            progress.restore(row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= first_step)
+        phases = PhaseTimer(on_start=progress.phase)
+
+        def export(step: int) -> None:
+            last = step == total_steps
+            folder = Path(keys.export_path or run_dir / "export")
+            export_hf(learner.trainer.model, tokenizer, folder if last else folder / f"global_step_{step}")
+
+        with RunFiles(
+            config,
+            run_dir,
+            progress,
+            phases,
+            decode=lambda ids: tokenizer.decode(list(ids)),
+            show=lambda ids: response_text(tokenizer, ids),
+            resume_step=first_step or None,
+            total_steps=total_steps,
+        ) as log:
+            job = Job(
+                schedule=Schedule(
+                    total_steps=total_steps,
+                    evaluate_every=keys.eval_interval,
+                    checkpoint_every=keys.ckpt_interval,
+                    export_every=keys.hf_save_interval,
+                    evaluate_first=keys.eval_before_train,
+                ),
+                prompts=prompts,
+                eval_prompts=eval_prompts(data.held_out),
+                agent=build_agent(config, engine, tokenizer, data),
+                engine=engine,
+                policy=learner,
+                advantages=build_advantages(config),
+                num_samples=config.generator.n_samples_per_prompt,
+                num_eval_samples=config.generator.eval_n_samples_per_prompt,
+                sampling=sampling_params(config.generator.sampling_params),
+                eval_sampling=sampling_params(config.generator.eval_sampling_params),
+                seed=keys.seed,
+                max_failed_frac=config.environment.max_failed_frac,
+                log=log,
+                phases=phases,
+                save=lambda step: state.save(step, learner.trainer, prompts),
+                export=export,
+            )
+            last_step = asyncio.run(_train(job, first_step, progress))
+        report = write_report(run_dir)
+        progress.message(f"report {report}")
+        if last_step < total_steps:
+            raise KeyboardInterrupt
+        progress.message(f"model  {keys.export_path}")
+    return DONE
+
+
+async def _train(job: Job, first_step: int, progress: Progress) -> int:
+    """Runs the loop; the first Ctrl-C ends it after the step in flight, the second at once."""
+    loop = asyncio.get_running_loop()
+    task = asyncio.current_task()
+    assert task is not None
+
+    def interrupt() -> None:
+        if job.stop.is_set():
+            task.cancel()
+            return
+        job.stop.set()
+        progress.message("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    loop.add_signal_handler(signal.SIGTERM, interrupt)
+    try:
+        return await train(job, first_step=first_step)
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
+    finally:
+        await job.engine.close()
+        loop.remove_signal_handler(signal.SIGINT)
+        loop.remove_signal_handler(signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _only_run_in(run_dir: Path) -> Iterator[None]:
+    """Holds the folder: two processes in one would write over each other. The kernel lets go at any exit."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        file: IO[Any] = (run_dir / ".lock").open("a+")
+    except OSError as exc:
+        raise ConfigError(f"the run's folder {run_dir} can't be written: {exc}; set trainer.run_path") from exc
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            file.seek(0)
+            raise ConfigError(
+                f"{run_dir} belongs to a run that is going on (process {file.read().strip()}); "
+                "wait for it, or give this one another trainer.run_name"
+            ) from exc
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _leaves(exc: Exception) -> Sequence[Exception]:
+    if not isinstance(exc, ExceptionGroup):
+        return [exc]
+    return [leaf for inner in exc.exceptions for leaf in _leaves(inner)]

@@ -1,0 +1,87 @@
+"""What a checkpoint holds beside the trainer's state, and from which one a run goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from skyrl_train.config.compose import flatten
+from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
+from skyrl_train.data.stream import PromptStream
+from skyrl_train.errors import CheckpointError
+from skyrl_train.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
+from skyrl_train.training.trainer import PolicyTrainer
+
+
+class RunState:
+    """Saves and restores (trainer, data position, step) of one run.
+
+    `resumed_from` is the checkpoint that `restore` used, `changes` the configuration's differences to it, and
+    `set_aside` where checkpoints of an earlier run went that this one was told not to go on from.
+    """
+
+    def __init__(self, keys: TrainerKeys, settings: Mapping[str, Any]) -> None:
+        self._keys = keys
+        self._settings = json.loads(json.dumps(settings))
+        self._store = CheckpointStore(
+            str(keys.ckpt_path), max_to_keep=keys.max_ckpts_to_keep if keys.max_ckpts_to_keep > 0 else None
+        )
+        self.resumed_from: Path | None = None
+        self.set_aside: Path | None = None
+        self.changes: list[str] = []
+
+    def restore(self, trainer: PolicyTrainer, prompts: PromptStream) -> int:
+        """Load the checkpoint that `resume_mode` names into both; the step it was taken after, 0 for a fresh start."""
+        found = self._find()
+        if found is None:
+            return 0
+        trainer.load(found.path / "policy")
+        prompts.load_state_dict(found.run_state["prompts"])
+        self.changes = _changes(found.run_state["settings"], self._settings)
+        self.resumed_from = found.path
+        return found.step
+
+    def save(self, step: int, trainer: PolicyTrainer, prompts: PromptStream) -> None:
+        """Everything that going on after `step` needs; whole on the disk or not there."""
+        run_state = {"prompts": prompts.state_dict(), "settings": self._settings}
+        self._store.save(step, {"policy": trainer.save}, run_state)
+
+    def _find(self) -> Checkpoint | None:
+        if self._keys.resume_mode == "from_path":
+            return open_checkpoint(str(self._keys.resume_path))
+        if self._keys.resume_mode == "latest":
+            found = self._store.latest()
+            if found is None and self._store.steps():
+                raise CheckpointError(
+                    f"{self._store.root} holds checkpoints of steps {self._store.steps()}, none of them whole; "
+                    "trainer.resume_mode=none starts anew"
+                )
+            return found
+        self._set_aside()
+        return None
+
+    def _set_aside(self) -> None:
+        """Old checkpoints must not be what a later `latest` of the new run finds; they are moved, not deleted."""
+        root = self._store.root
+        if not self._store.steps():
+            return
+        number = 1
+        while (aside := root.with_name(f"{root.name}.old-{number}")).exists():
+            number += 1
+        root.rename(aside)
+        self.set_aside = aside
+
+
+_FREE_TO_CHANGE = ("trainer.resume_mode", "trainer.resume_path", "trainer.logger")
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for the keys that differ and may change what is computed."""
+    old, new = dict(flatten(dict(before))), dict(flatten(dict(now)))
+    return [
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and key not in _FREE_TO_CHANGE
+    ]

@@ -1,0 +1,152 @@
+"""The synchronous loop, on one page.
+
+    prompts ──► rollouts ──► advantages ──► samples ──► update ──► weights to the engine ──┐
+       ▲        engine +      algorithms     rollout     trainer      weight_sync          │
+       └───────────────────────────────────── next step ◄───────────────────────────────────┘
+
+Everything the loop calls is handed to it in a `Job`; entrypoints/build.py makes one from a configuration.
+A step is whole or it did not happen: what is on disk after a kill is the last checkpoint and, in
+`metrics.jsonl`, steps that are done again in exactly the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from skyrl_train.data.stream import PromptStream
+from skyrl_train.engines.base import Engine
+from skyrl_train.observability.phases import PhaseTimer
+from skyrl_train.rollout.agent import Agent
+from skyrl_train.rollout.groups import Rollouts, run_groups
+from skyrl_train.rollout.samples import make_samples
+from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrainingSample, TrajectoryId, WeightUpdate
+from skyrl_train.weight_sync.sync import sync_weights
+
+
+class Policy(Protocol):
+    """What the loop asks of the training side: learn from samples, then say where the new weights are."""
+
+    def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]: ...
+
+    def export_weights(self) -> WeightUpdate: ...
+
+
+class RunLog(Protocol):
+    """Where a step's results go: trackers, rollouts on disk, the terminal."""
+
+    def step(self, step: int, rollouts: Rollouts, advantages: Advantages) -> None: ...
+
+    def evaluation(self, step: int, rollouts: Rollouts) -> None: ...
+
+    def flush(self, step: int, metrics: dict[str, float]) -> None: ...
+
+
+Advantages = Mapping[TrajectoryId, float]
+AdvantageFn = Callable[[Sequence[ScoredGroup]], Advantages]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """When what is due. Intervals count steps; -1 is only at the end (never, for `evaluate_every`)."""
+
+    total_steps: int
+    evaluate_every: int
+    checkpoint_every: int
+    export_every: int
+    evaluate_first: bool = True
+
+    def due(self, interval: int, step: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, built. `save` and `export` take the step that is complete; `stop` is set to end after this step."""
+
+    schedule: Schedule
+    prompts: PromptStream
+    eval_prompts: Sequence[Prompt]
+    agent: Agent
+    engine: Engine
+    policy: Policy
+    advantages: AdvantageFn
+    num_samples: int
+    num_eval_samples: int
+    sampling: SamplingParams
+    eval_sampling: SamplingParams
+    seed: int
+    max_failed_frac: float
+    log: RunLog
+    phases: PhaseTimer
+    save: Callable[[int], None]
+    export: Callable[[int], None]
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+async def train(job: Job, *, first_step: int = 0) -> int:
+    """Runs the steps after `first_step` to the end or until `job.stop`; returns the last complete step."""
+    due, phases, step = job.schedule.due, job.phases, first_step
+    if step == 0 and job.schedule.evaluate_first and job.schedule.evaluate_every > 0:
+        job.log.flush(0, await evaluate(job, 0))
+    while step < job.schedule.total_steps and not job.stop.is_set():
+        step += 1
+        last = step == job.schedule.total_steps
+        with phases("rollout"):
+            prompts = job.prompts.next_batch()
+            rollouts = await run_groups(
+                job.agent,
+                prompts,
+                num_samples=job.num_samples,
+                sampling=job.sampling,
+                run_seed=job.seed,
+                max_failed_frac=job.max_failed_frac,
+            )
+        with phases("advantages"):
+            advantages = job.advantages(rollouts.groups)
+            samples = [sample for t in rollouts.trajectories for sample in make_samples(t, advantages[t.id])]
+        with phases("train"):
+            metrics = job.policy.update(samples)
+        with phases("weight_sync"):
+            await sync_weights(job.engine, job.policy.export_weights())
+        metrics |= rollouts.metrics()
+        metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
+        job.log.step(step, rollouts, advantages)
+        if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
+            metrics |= await evaluate(job, step)
+        # Metrics first: a kill before the save does the step again and its row is written anew; the other way
+        # round the row would be lost. So the seconds of saving stand in the next step's row.
+        job.log.flush(step, metrics)
+        if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
+            with phases("checkpoint"):
+                job.save(step)
+        if due(job.schedule.export_every, step) or last:
+            with phases("export"):
+                job.export(step)
+    return step
+
+
+async def evaluate(job: Job, step: int) -> dict[str, float]:
+    """Held-out prompts, greedy unless asked otherwise: `eval/accuracy` is the fraction with a full reward of 1."""
+    if not job.eval_prompts:
+        return {}
+    with job.phases("evaluate"):
+        rollouts = await run_groups(
+            job.agent,
+            job.eval_prompts,
+            num_samples=job.num_eval_samples,
+            sampling=job.eval_sampling,
+            run_seed=job.seed,
+            max_failed_frac=job.max_failed_frac,
+        )
+    job.log.evaluation(step, rollouts)
+    rewards = [trajectory.reward for trajectory in rollouts.trajectories]
+    lengths = rollouts.metrics()
+    return {
+        "eval/accuracy": sum(reward >= 1.0 for reward in rewards) / len(rewards),
+        "eval/reward_mean": sum(rewards) / len(rewards),
+        "eval/response_len_mean": lengths["rollout/response_len_mean"],
+        "eval/num_failed": rollouts.num_failed,
+    }
