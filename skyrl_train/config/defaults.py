@@ -11,8 +11,6 @@ from skyrl_train.config.sources import Source
 
 DEFAULT_TOKENS_PER_MICRO_BATCH = 8192
 
-LEFT_TO_SERVER = "left to the server"
-
 
 def _dtype(config: Config) -> str:
     return "bfloat16" if config.trainer.placement.policy_num_gpus_per_node else "float32"
@@ -33,6 +31,14 @@ def _sync_backend(config: Config) -> str:
     return "cuda_ipc" if placement.colocate_all else "nccl"
 
 
+def _micro_batch_tokens(config: Config) -> int | None:
+    """A sample must fit; a micro batch size in samples takes its place."""
+    if config.trainer.micro_train_batch_size_per_gpu is not None:
+        return None
+    longest = config.generator.max_input_length + config.generator.sampling_params.max_generate_length
+    return max(DEFAULT_TOKENS_PER_MICRO_BATCH, longest)
+
+
 Rule = Callable[[Config], Any]
 
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
@@ -42,15 +48,14 @@ BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
         "vllm": _dtype,
     },
     "generator.max_model_len": {"embedded": _context, "sglang": _context, "vllm": _context},
+    "generator.weight_sync_backend": {"embedded": _sync_backend, "sglang": _sync_backend, "vllm": _sync_backend},
     "generator.max_num_seqs": {"embedded": lambda _: 256},
-    "generator.max_num_batched_tokens": {"embedded": lambda _: 4096},
+    "generator.max_num_batched_tokens": {"embedded": lambda _: 2048},
     "generator.gpu_memory_utilization": {
-        "embedded": lambda _: 0.5,
+        "embedded": lambda _: 0.3,
         "sglang": lambda config: 0.6 if config.trainer.placement.colocate_all else 0.85,
         "vllm": lambda config: 0.6 if config.trainer.placement.colocate_all else 0.9,
     },
-    "generator.kv_cache.page_size": {"embedded": lambda _: 16},
-    "generator.scheduling.policy": {"embedded": lambda _: "fcfs", "sglang": lambda _: "fcfs", "vllm": lambda _: "fcfs"},
 }
 """key -> backend -> value. A backend without an entry decides for itself: the key stays null."""
 
@@ -74,6 +79,7 @@ DERIVED_DEFAULTS: Mapping[str, tuple[str, Rule]] = {
     "trainer.run_path": ("trainer.run_name", lambda config: f"runs/{config.trainer.run_name}"),
     "trainer.ckpt_path": ("trainer.run_path", lambda config: f"{_run_path(config)}/checkpoints"),
     "trainer.export_path": ("trainer.run_path", lambda config: f"{_run_path(config)}/export"),
+    "trainer.max_tokens_per_micro_batch": ("generator.max_input_length", _micro_batch_tokens),
     "generator.random_seed": ("trainer.seed", lambda config: config.trainer.seed),
     "generator.lora.enabled": (
         "trainer.policy.model.lora.rank",
@@ -83,25 +89,26 @@ DERIVED_DEFAULTS: Mapping[str, tuple[str, Rule]] = {
 """key -> (the key it follows, value)."""
 
 
-def fill_defaults(config: Config) -> dict[str, tuple[Any, Source]]:
-    """Values for the keys that are null and have a rule: path -> (value, where it came from)."""
-    filled: dict[str, tuple[Any, Source]] = {}
+def implied_values(config: Config) -> dict[str, tuple[Any, Source]]:
+    """What each key with a rule follows to, whether it is null or not: path -> (value, where it comes from)."""
     backend = config.generator.backend
-    for path, (follows, rule) in DERIVED_DEFAULTS.items():
-        if read(config, path) is None:
-            filled[path] = (rule(config), Source(kind="derived", where=follows))
+    implied = {
+        path: (rule(config), Source(kind="derived", where=follows))
+        for path, (follows, rule) in DERIVED_DEFAULTS.items()
+    }
     for path, rules in BACKEND_DEFAULTS.items():
-        if read(config, path) is None and backend in rules:
-            filled[path] = (rules[backend](config), Source(kind="backend", where=backend))
-    trainer = config.trainer
-    if trainer.max_tokens_per_micro_batch is None and trainer.micro_train_batch_size_per_gpu is None:
-        filled["trainer.max_tokens_per_micro_batch"] = (
-            DEFAULT_TOKENS_PER_MICRO_BATCH,
-            Source(kind="derived", where="trainer.micro_train_batch_size_per_gpu"),
-        )
-    if config.generator.weight_sync_backend == "auto":
-        filled["generator.weight_sync_backend"] = (_sync_backend(config), Source(kind="backend", where=backend))
-    return filled
+        if backend in rules:
+            implied[path] = (rules[backend](config), Source(kind="backend", where=backend))
+    return implied
+
+
+def fill_defaults(config: Config) -> dict[str, tuple[Any, Source]]:
+    """The values for the keys that are null (or auto) and have a rule."""
+    return {
+        path: found
+        for path, found in implied_values(config).items()
+        if read(config, path) in (None, "auto") and found[0] is not None
+    }
 
 
 def _run_path(config: Config) -> str:

@@ -5,11 +5,8 @@ argv -> file + overrides (Hydra) -> aliases -> over the defaults -> schema -> ba
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,27 +14,41 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from skyrl_train.config.aliases import resolve_aliases
+from skyrl_train.config.base import default_sources, default_tree
+from skyrl_train.config.check import check
 from skyrl_train.config.command_line import CommandLine, ExplainFormat, parse_command_line
-from skyrl_train.config.compose import compose_settings, find_config_file, flatten
+from skyrl_train.config.compose import compose_settings, find_config_file
 from skyrl_train.config.defaults import fill_defaults
-from skyrl_train.config.keys import Tree, schema_defaults, schema_keys, set_path
+from skyrl_train.config.findings import Checked
+from skyrl_train.config.keys import Tree, schema_keys, set_path
+from skyrl_train.config.machine import engine_release
 from skyrl_train.config.schema import Config
-from skyrl_train.config.sources import Setting, Source, Sources
+from skyrl_train.config.sources import Setting, Sources
+from skyrl_train.config.unbuilt import refuse_unbuilt
 from skyrl_train.config.validate import refuse_unknown_keys, validate
+from skyrl_train.engines.sglang.releases import ASSUMED_RELEASE
 from skyrl_train.errors import ConfigError
-
-BASE_FILE = Path(__file__).with_name("base.yaml")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedConfig:
-    """A configuration that can run as far as it can be known here, and where each value came from."""
+    """A configuration without contradictions, and where each value came from.
+
+    `engine_release` is the installed version of the configured server, None for the embedded engine or where none is.
+    """
 
     config: Config
     sources: Sources
     explain: ExplainFormat | None
     help: bool
     warnings: tuple[str, ...]
+    engine_release: str | None
+
+    def render_explain(self) -> str:
+        """What `--explain` prints; the usage for `--help`."""
+        from skyrl_train.config.explain import render_explain
+
+        return render_explain(self)
 
     def to_yaml(self) -> str:
         """Every resolved key, as a file that `--config-name` reads back to the same configuration."""
@@ -49,7 +60,7 @@ def load_config(argv: Sequence[str] = ()) -> LoadedConfig:
     """Compose, validate and check. Raises ConfigError; touches no GPU and starts nothing."""
     line = parse_command_line(argv)
     settings = _user_settings(line)
-    tree, sources = _defaults()
+    tree, sources = default_tree(), default_sources()
     for setting in settings:
         set_path(tree, setting.path, setting.value)
         sources[setting.path] = setting.source
@@ -59,7 +70,17 @@ def load_config(argv: Sequence[str] = ()) -> LoadedConfig:
         set_path(tree, path, value)
         sources[path] = source
     config = validate(tree, sources)
-    return LoadedConfig(config=config, sources=sources, explain=line.explain, help=line.help, warnings=())
+    refuse_unbuilt(config, sources)
+    release = engine_release(config)
+    warnings = check(Checked(config=config, sources=sources, engine_release=release or ASSUMED_RELEASE))
+    return LoadedConfig(
+        config=config,
+        sources=sources,
+        explain=line.explain,
+        help=line.help,
+        warnings=warnings,
+        engine_release=release,
+    )
 
 
 def plain(config: Config) -> Tree:
@@ -73,23 +94,6 @@ def _user_settings(line: CommandLine) -> list[Setting]:
     settings = compose_settings(file, line.overrides)
     refuse_unknown_keys(settings)
     return [setting for setting in resolve_aliases(settings) if setting.path in schema_keys()]
-
-
-def _defaults() -> tuple[Tree, dict[str, Source]]:
-    tree, base = _default_tree()
-    sources = {path: Source(kind="base.yaml" if path in base else "default") for path in schema_keys()}
-    return copy.deepcopy(tree), sources
-
-
-@functools.cache
-def _default_tree() -> tuple[Tree, frozenset[str]]:
-    base = yaml.safe_load(BASE_FILE.read_text(encoding="utf-8"))
-    settings = [Setting(path=path, value=value, source=Source(kind="base.yaml")) for path, value in flatten(base)]
-    refuse_unknown_keys(settings)
-    tree = schema_defaults()
-    for setting in settings:
-        set_path(tree, setting.path, setting.value)
-    return tree, frozenset(setting.path for setting in settings)
 
 
 def _interpolate(tree: Tree) -> Tree:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from skyrl_train.config.fields import Group, NonNegative, Positive, Strings
+from skyrl_train.config.fields import Fraction, Group, Positive, Strings
 
 
 class Data(Group):
@@ -37,5 +37,7 @@ class Environment(Group):
     env_class: str = Field(
         "arithmetic", min_length=1, description="arithmetic (built in), gsm8k, or a name that the data's rows override."
     )
-    max_env_workers: NonNegative = Field(32, description="Threads for environment steps; 0 runs them in the loop.")
+    max_failed_frac: Fraction = Field(
+        0.1, description="Trajectories of a step that may fail in reward or environment before the run stops."
+    )
     arithmetic: ArithmeticEnvironment

@@ -50,7 +50,12 @@ class SpeculativeDecoding(Group):
     accept_threshold_acc: float = Field(
         1.0, gt=0, le=1, description="Raise accept probabilities to p / this; under 1 changes the distribution."
     )
-    use_rejection_sampling: bool | None = Field(None, description="Verify by rejection sampling (chains only).")
+    use_rejection_sampling: bool | None = Field(
+        None, description="Verify by rejection sampling: eagle and eagle3 with eagle_topk 1 only."
+    )
+    adaptive: bool | None = Field(None, description="Change num_steps with the acceptance that is seen.")
+    adaptive_config: str | None = Field(None, description="File with the bounds of that change.")
+    draft_window_size: Positive | None = Field(None, description="Sliding window of the draft model.")
     token_map: str | None = Field(None, description="Table of the draft's reduced vocabulary.")
     attention_mode: Literal["prefill", "decode"] | None = Field(None, description="Kernel of the verification.")
     ngram: Ngram
@@ -96,6 +101,7 @@ class Tracing(Group):
     enabled: bool = Field(False, description="Send spans over OTLP.")
     otlp_endpoint: str = Field("localhost:4317", description="The collector, host:port.")
     modules: str | None = Field(None, description="Parts to trace, separated by commas.")
+    service_name: str | None = Field(None, description="Name of the service in the spans.")
 
 
 class RequestLogging(Group):
@@ -153,6 +159,9 @@ class Scheduling(Group):
     disable_overlap: bool | None = Field(None, description="Schedule and compute one after the other.")
     recv_interval: Positive | None = Field(None, description="Steps between looks at the queue.")
     stream_interval: Positive | None = Field(None, description="Tokens of one streamed piece.")
+    retraction_policy: Literal["length", "priority"] | None = Field(
+        None, description="Which request goes back to the queue when the KV cache is full."
+    )
 
 
 class EngineLora(Group):
@@ -169,6 +178,9 @@ class EngineLora(Group):
     max_chunk_size: Literal[16, 32, 64, 128] | None = Field(None, description="Chunk of the csgmv kernel.")
     overlap_loading: bool | None = Field(None, description="Load adapters while computing.")
     strict_loading: bool | None = Field(None, description="Refuse adapters with keys that do not match.")
+    drain_wait_threshold_s: float | None = Field(
+        None, ge=0, description="A request that waits this long for a slot makes another adapter leave."
+    )
 
 
 class StructuredOutput(Group):
@@ -177,6 +189,7 @@ class StructuredOutput(Group):
     grammar_backend: Literal["xgrammar", "outlines", "llguidance", "none"] | None = Field(
         None, description="Who enforces it."
     )
+    whitespace_pattern: str | None = Field(None, description="Regular expression of white space in JSON.")
     disable_any_whitespace: bool | None = Field(None, description="Compact JSON only.")
 
 

@@ -43,9 +43,14 @@ class HierarchicalCache(Group):
 
 
 class DoubleSparsity(Group):
-    """Older releases: sparse attention by channel."""
+    """Sparse attention by channel, in releases before 0.5.17."""
 
-    enabled: bool = Field(False, description="Turn it on (older releases).")
+    enabled: bool = Field(False, description="Turn it on; later releases have dsa_prefill_backend instead.")
+    channel_config_path: str | None = Field(None, description="Its calibrated channels.")
+    heavy_channel_num: Positive | None = Field(None, description="Channels kept.")
+    heavy_token_num: Positive | None = Field(None, description="Tokens kept.")
+    heavy_channel_type: str | None = Field(None, description="Which of q, k, qk is measured.")
+    sparse_decode_threshold: Positive | None = Field(None, description="Shorter contexts stay dense.")
 
 
 class Attention(Group):
@@ -61,6 +66,7 @@ class Attention(Group):
     nsa_prefill_backend: str | None = Field(None, description="Older name of dsa_prefill_backend.")
     nsa_decode_backend: str | None = Field(None, description="Older name of dsa_decode_backend.")
     triton_num_kv_splits: Positive | None = Field(None, description="Splits of long contexts in the triton kernel.")
+    triton_split_tile_size: Positive | None = Field(None, description="Tile of those splits, for determinism.")
     triton_reduce_in_fp32: bool | None = Field(None, description="Reduce in float32 in the triton kernel.")
     enable_dp_attention: bool | None = Field(None, description="Attention data parallel, the rest tensor parallel.")
     double_sparsity: DoubleSparsity
@@ -87,6 +93,7 @@ class CudaGraph(Group):
     max_bs: Positive | None = Field(None, description="Older name of max_bs_decode.")
     bs: Ints | None = Field(None, description="Older name of bs_decode.")
     disable_piecewise: bool | None = Field(None, description="Older name: now backend_prefill disabled.")
+    enforce_piecewise: bool | None = Field(None, description="Older name: now backend_prefill tc_piecewise.")
     piecewise_max_tokens: Positive | None = Field(None, description="Older name: now in config.")
     piecewise_tokens: Ints | None = Field(None, description="Older name: now in config.")
     piecewise_compiler: str | None = Field(None, description="Older name: now in config.")

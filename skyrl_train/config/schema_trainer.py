@@ -156,7 +156,7 @@ class Trainer(Group):
     update_epochs_per_batch: Positive = Field(1, description="Passes over one batch of rollouts.")
     eval_interval: int = Field(ge=-1, description="Steps between evaluations; -1 never evaluates.")
     eval_before_train: bool = Field(True, description="Evaluate before the first step.")
-    eval_batch_size: Positive = Field(1024, description="Held-out prompts in flight at once.")
+    eval_batch_size: Positive | None = Field(None, description="Held-out prompts in flight at once; null is all.")
     resume_mode: Literal["none", "latest", "from_path"] = Field(
         "latest", description="none starts anew; latest goes on from the newest whole checkpoint, if any; from_path."
     )

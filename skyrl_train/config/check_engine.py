@@ -1,0 +1,198 @@
+"""Rules of the engines: weight sync, remote servers, adapters, caches, and each server's own table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+from skyrl_train.config.check_server import sglang_findings, vllm_findings
+from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
+
+EMBEDDED_KWARGS = ("attention_backend", "chunked_prefill", "extra_eos_token_ids", "kv_cache_tokens")
+DETERMINISTIC_KERNELS = ("ascend", "fa3", "fa4", "flashinfer", "intel_xpu", "triton")
+
+
+def embedded(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    generator = config.generator
+    if generator.backend != "embedded":
+        return
+    if generator.model_dtype != config.trainer.policy.model.dtype:
+        yield error(
+            f"{checked.show('generator.model_dtype')} and {checked.show('trainer.policy.model.dtype')}: the embedded "
+            "engine runs the trainer's own tensors, so they have one type; set the trainer's only"
+        )
+    if (generator.max_num_batched_tokens or 0) < (generator.max_num_seqs or 0):
+        yield error(
+            f"{checked.show('generator.max_num_batched_tokens')} can't hold one token for each of "
+            f"{checked.show('generator.max_num_seqs')} requests; raise the first or lower the second"
+        )
+    for name in generator.engine_init_kwargs:
+        if name not in EMBEDDED_KWARGS:
+            yield error(
+                f"generator.engine_init_kwargs.{name}: the embedded engine takes {', '.join(EMBEDDED_KWARGS)}; "
+                "the rest has keys of its own"
+            )
+
+
+def weight_sync(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    generator, placement = config.generator, config.trainer.placement
+    how = generator.weight_sync_backend
+    name = checked.show("generator.weight_sync_backend")
+    if generator.backend == "embedded":
+        if how != "local":
+            yield error(
+                f"{name}: the embedded engine runs the trainer's own tensors and nothing is sent; use auto or local"
+            )
+    elif how == "local":
+        yield error(f"{name}: {generator.backend} is a process of its own; use auto, nccl, gloo, cuda_ipc or disk")
+    elif how in ("nccl", "cuda_ipc") and not placement.policy_num_gpus_per_node:
+        yield error(f"{name} needs GPUs, and trainer.placement.policy_num_gpus_per_node=0; use gloo or disk")
+    elif how == "cuda_ipc" and not placement.colocate_all:
+        yield error(f"{name} needs trainer.placement.colocate_all=true: it hands over memory of one GPU; use nccl")
+    elif how == "nccl" and placement.colocate_all:
+        yield error(
+            f"{name} can't join two processes on one GPU, and trainer.placement.colocate_all=true; use cuda_ipc"
+        )
+    if generator.use_overlapped_weight_sync and how not in ("nccl", "cuda_ipc"):
+        yield error(
+            f"generator.use_overlapped_weight_sync=true needs weight_sync_backend nccl or cuda_ipc, found {how}"
+        )
+
+
+def remote_engines(checked: Checked) -> Iterator[Finding]:
+    generator = checked.config.generator
+    urls = generator.remote_inference_engine_urls
+    if not generator.run_engines_locally and len(urls) != generator.num_inference_engines:
+        yield error(
+            f"generator.run_engines_locally=false attaches to generator.num_inference_engines="
+            f"{generator.num_inference_engines} engines, found {len(urls)} generator.remote_inference_engine_urls"
+        )
+    if generator.run_engines_locally and urls:
+        yield error(
+            f"{checked.show('generator.remote_inference_engine_urls')} needs generator.run_engines_locally=false"
+        )
+    if not generator.run_engines_locally and checked.config.trainer.placement.colocate_all:
+        yield error(
+            "generator.run_engines_locally=false with trainer.placement.colocate_all=true: engines that somebody else "
+            "runs can't share the trainer's GPUs; set trainer.placement.colocate_all=false"
+        )
+
+
+def several_machines(checked: Checked) -> Iterator[Finding]:
+    nodes = checked.config.generator.multi_node
+    if nodes.nnodes > 1 and nodes.dist_init_addr is None:
+        yield error(f"generator.multi_node.nnodes={nodes.nnodes} needs generator.multi_node.dist_init_addr=HOST:PORT")
+    if nodes.node_rank >= nodes.nnodes:
+        yield error(
+            f"generator.multi_node.node_rank={nodes.node_rank} must be under generator.multi_node.nnodes={nodes.nnodes}"
+        )
+
+
+def adapters(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    lora, rank = config.generator.lora, config.trainer.policy.model.lora.rank
+    if rank and lora.enabled is False:
+        yield error(
+            f"trainer.policy.model.lora.rank={rank} trains an adapter, and {checked.show('generator.lora.enabled')} "
+            "does not serve it"
+        )
+    if rank and lora.max_rank is not None and lora.max_rank < rank:
+        yield error(f"{checked.show('generator.lora.max_rank')} is under trainer.policy.model.lora.rank={rank}")
+    batch = lora.max_loras_per_batch or 8
+    if lora.max_loaded_loras is not None and lora.max_loaded_loras < batch:
+        yield error(
+            f"{checked.show('generator.lora.max_loaded_loras')} is under generator.lora.max_loras_per_batch={batch}"
+        )
+    if lora.overlap_loading and (lora.max_loaded_loras is None or lora.max_loaded_loras > 2 * batch):
+        yield error(
+            "generator.lora.overlap_loading=true pins adapters in host memory: generator.lora.max_loaded_loras must "
+            f"be at most 2 x max_loras_per_batch = {2 * batch}, found {lora.max_loaded_loras}"
+        )
+
+
+def metrics(checked: Checked) -> Iterator[Finding]:
+    keys = checked.config.generator.metrics
+    if keys.export_to_file.enabled and keys.export_to_file.directory is None:
+        yield error("generator.metrics.export_to_file.enabled=true needs generator.metrics.export_to_file.directory")
+    for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):
+        bounds = getattr(keys.buckets, name)
+        if bounds is not None and (not bounds or any(a >= b for a, b in pairwise(bounds))):
+            yield error(f"{checked.show(f'generator.metrics.buckets.{name}')} must rise from each bound to the next")
+    if keys.logging.enabled and keys.logging.level == 3:
+        yield warning("generator.metrics.logging.level=3 writes every prompt and answer to the log")
+
+
+def caches(checked: Checked) -> Iterator[Finding]:
+    generator = checked.config.generator
+    cache = generator.hierarchical_cache
+    if cache.enabled and not generator.enable_prefix_caching:
+        yield error(
+            "generator.hierarchical_cache.enabled=true keeps prefixes, and generator.enable_prefix_caching=false "
+            "has none; turn one of them"
+        )
+    if cache.ratio is not None and cache.size_gb:
+        yield error(
+            f"{checked.show('generator.hierarchical_cache.ratio')} and "
+            f"{checked.show('generator.hierarchical_cache.size_gb')} both size the host pool; keep one of them"
+        )
+    scales, dtype = generator.kv_cache.quantization_param_path, generator.kv_cache.dtype or "auto"
+    if scales is not None and not dtype.startswith("fp8"):
+        yield error(
+            f"generator.kv_cache.quantization_param_path scales an fp8 cache, found generator.kv_cache.dtype={dtype}"
+        )
+
+
+def graphs(checked: Checked) -> Iterator[Finding]:
+    generator = checked.config.generator
+    graph = generator.cuda_graph
+    if graph.disable_padding and generator.torch_compile.enabled:
+        yield error("generator.cuda_graph.disable_padding=true does not go with generator.torch_compile.enabled=true")
+    if graph.config is not None:
+        single = [
+            f"generator.cuda_graph.{name}"
+            for name in (
+                "backend_decode",
+                "backend_prefill",
+                "max_bs_decode",
+                "max_bs_prefill",
+                "bs_decode",
+                "bs_prefill",
+            )
+            if getattr(graph, name) is not None
+        ]
+        if single:
+            yield error(f"generator.cuda_graph.config and {', '.join(single)} write the same settings; keep one form")
+
+
+def determinism(checked: Checked) -> Iterator[Finding]:
+    generator = checked.config.generator
+    kernel = generator.attention.backend
+    if generator.deterministic_inference.enabled and kernel is not None and kernel not in DETERMINISTIC_KERNELS:
+        yield error(
+            f"{checked.show('generator.attention.backend')} is not batch-invariant; with "
+            f"generator.deterministic_inference.enabled use one of {', '.join(DETERMINISTIC_KERNELS)}"
+        )
+
+
+def server_tables(checked: Checked) -> Iterator[Finding]:
+    backend = checked.config.generator.backend
+    if backend == "sglang":
+        yield from sglang_findings(checked)
+    elif backend == "vllm":
+        yield from vllm_findings(checked)
+
+
+ENGINE_RULES: tuple[Rule, ...] = (
+    embedded,
+    weight_sync,
+    remote_engines,
+    several_machines,
+    adapters,
+    metrics,
+    caches,
+    graphs,
+    determinism,
+    server_tables,
+)

@@ -1,0 +1,227 @@
+"""Rules of trainer, data and sampling."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
+from skyrl_train.config.placement import needs_reference
+
+ESTIMATORS = ("grpo", "gae", "rloo", "reinforce++", "remax")
+POLICY_LOSSES = ("regular", "dual_clip", "gspo", "cispo", "sapo", "clip_cov", "kl_cov", "importance_sampling")
+TRACKERS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
+
+
+def strategy(checked: Checked) -> Iterator[Finding]:
+    if checked.config.trainer.strategy != "fsdp2":
+        yield error(
+            f"{checked.show('trainer.strategy')}: only fsdp2. The trainer runs transformers' own modules, which FSDP2 "
+            "shards in place, so that engines get weights under the model's own names; other strategies hold them "
+            "in another layout"
+        )
+
+
+def names(checked: Checked) -> Iterator[Finding]:
+    algorithm = checked.config.trainer.algorithm
+    for path, value, known in (
+        ("trainer.algorithm.advantage_estimator", algorithm.advantage_estimator, ESTIMATORS),
+        ("trainer.algorithm.policy_loss_type", algorithm.policy_loss_type, POLICY_LOSSES),
+    ):
+        if value not in known and "." not in value:
+            yield error(_unknown_name(checked, path, value, known, ", or the dotted path of a function of your own"))
+    for name in checked.config.trainer.logger:
+        if name not in TRACKERS:
+            yield error(_unknown_name(checked, "trainer.logger", name, TRACKERS, ""))
+
+
+def _unknown_name(checked: Checked, path: str, name: str, known: tuple[str, ...], more: str) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}{more}"
+    return f"{path}: unknown name {name!r} ({checked.sources[path]}); {hint}"
+
+
+def batch_sizes(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    trainer = config.trainer
+    samples = config.generator.n_samples_per_prompt
+    mini = trainer.policy_mini_batch_size or trainer.train_batch_size
+    if trainer.train_batch_size % mini:
+        yield error(
+            f"trainer.policy_mini_batch_size={mini} does not divide trainer.train_batch_size="
+            f"{trainer.train_batch_size}: {trainer.train_batch_size % mini} prompts of each step would be left over"
+        )
+    ranks = trainer.placement.policy_num_nodes * max(trainer.placement.policy_num_gpus_per_node, 1)
+    if ranks % trainer.sequence_parallel_size:
+        yield error(
+            f"{checked.show('trainer.sequence_parallel_size')} does not divide the policy's {ranks} GPUs "
+            f"({trainer.placement.policy_num_nodes} nodes x {trainer.placement.policy_num_gpus_per_node})"
+        )
+        return
+    fsdp_size = trainer.fsdp_config.fsdp_size
+    if fsdp_size != -1 and (fsdp_size == 0 or ranks % fsdp_size):
+        yield error(f"{checked.show('trainer.fsdp_config.fsdp_size')} does not divide the policy's {ranks} GPUs")
+    copies = ranks // trainer.sequence_parallel_size
+    if mini * samples % copies:
+        yield error(
+            f"{mini} prompts x {samples} samples (trainer.policy_mini_batch_size x generator.n_samples_per_prompt) = "
+            f"{mini * samples} samples of an optimizer step do not divide over {copies} data-parallel ranks"
+        )
+        return
+    micro = trainer.micro_train_batch_size_per_gpu
+    if micro is not None and (mini * samples // copies) % micro:
+        yield error(
+            f"{checked.show('trainer.micro_train_batch_size_per_gpu')} does not divide the {mini * samples // copies} "
+            f"samples that a rank has in an optimizer step ({mini} prompts x {samples} samples / {copies} ranks)"
+        )
+
+
+def micro_batches(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    trainer, generator = config.trainer, config.generator
+    tokens, samples = "trainer.max_tokens_per_micro_batch", "trainer.micro_train_batch_size_per_gpu"
+    if trainer.max_tokens_per_micro_batch is not None and trainer.micro_train_batch_size_per_gpu is not None:
+        yield error(f"{checked.show(tokens)} and {checked.show(samples)} both cut micro-batches; keep one of them")
+    longest = generator.max_input_length + generator.sampling_params.max_generate_length
+    if trainer.max_tokens_per_micro_batch is not None and trainer.max_tokens_per_micro_batch < longest:
+        yield error(
+            f"{checked.show(tokens)} can't hold one sample: generator.max_input_length={generator.max_input_length} + "
+            f"generator.sampling_params.max_generate_length={generator.sampling_params.max_generate_length} = {longest}"
+        )
+
+
+def kl(checked: Checked) -> Iterator[Finding]:
+    algorithm = checked.config.trainer.algorithm
+    if algorithm.use_kl_loss and algorithm.use_kl_in_reward:
+        yield error(
+            f"{checked.show('trainer.algorithm.use_kl_loss')} and "
+            f"{checked.show('trainer.algorithm.use_kl_in_reward')}: the KL would count twice; keep one of them"
+        )
+    if needs_reference(checked.config):
+        if algorithm.kl_loss_coef == 0:
+            yield warning("trainer.algorithm.kl_loss_coef=0: the reference model is run, and its KL weighs nothing")
+        return
+    for path in ("trainer.algorithm.kl_loss_coef", "trainer.algorithm.kl_estimator_type", "trainer.ref.model.path"):
+        if checked.is_set(path):
+            yield warning(
+                f"{checked.show(path)} has no effect: neither trainer.algorithm.use_kl_loss nor use_kl_in_reward is on"
+            )
+
+
+def groups(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    count = config.generator.n_samples_per_prompt
+    if count == 1 and config.trainer.algorithm.advantage_estimator in ("grpo", "rloo"):
+        yield error(
+            f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator "
+            f"{config.trainer.algorithm.advantage_estimator} compares the samples of one prompt, and a group of one "
+            "has advantage 0: nothing would be learned; set 2 or more"
+        )
+
+
+def sampling(checked: Checked) -> Iterator[Finding]:
+    generator = checked.config.generator
+    for name, params in (
+        ("sampling_params", generator.sampling_params),
+        ("eval_sampling_params", generator.eval_sampling_params),
+    ):
+        if params.min_new_tokens > params.max_generate_length:
+            yield error(
+                f"generator.{name}.min_new_tokens={params.min_new_tokens} is over "
+                f"generator.{name}.max_generate_length={params.max_generate_length}"
+            )
+        if any(not text for text in params.stop):
+            yield error(f"generator.{name}.stop holds an empty text, which would end every answer at once")
+    params = generator.sampling_params
+    if params.temperature == 0:
+        yield error(
+            f"{checked.show('generator.sampling_params.temperature')} is greedy: all samples of a prompt would be "
+            "equal and their advantages 0; training wants 1.0"
+        )
+    if generator.eval_n_samples_per_prompt > 1 and generator.eval_sampling_params.temperature == 0:
+        yield warning(
+            f"generator.eval_n_samples_per_prompt={generator.eval_n_samples_per_prompt} with "
+            "generator.eval_sampling_params.temperature=0 makes the same answer each time"
+        )
+    off_policy = [
+        f"generator.sampling_params.{name}={getattr(params, name)}"
+        for name, off in (
+            ("top_p", 1.0),
+            ("top_k", 0),
+            ("min_p", 0.0),
+            ("repetition_penalty", 1.0),
+            ("presence_penalty", 0.0),
+            ("frequency_penalty", 0.0),
+        )
+        if getattr(params, name) != off
+    ]
+    if off_policy and not checked.config.trainer.algorithm.use_tis:
+        yield warning(
+            f"{', '.join(off_policy)}: rollouts are then drawn from another distribution than the model's, and the "
+            "policy gradient is biased; leave them off while training"
+        )
+
+
+def resuming(checked: Checked) -> Iterator[Finding]:
+    trainer = checked.config.trainer
+    if trainer.resume_mode == "from_path" and trainer.resume_path is None:
+        yield error("trainer.resume_mode=from_path needs trainer.resume_path: the checkpoint to go on from")
+    if trainer.resume_mode != "from_path" and trainer.resume_path is not None:
+        yield error(
+            f"{checked.show('trainer.resume_path')} is read with trainer.resume_mode=from_path only, found "
+            f"{trainer.resume_mode}"
+        )
+
+
+def data(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    generated = config.environment.env_class == "arithmetic" and not config.data.train_data
+    if generated and config.environment.arithmetic.num_train_prompts < config.trainer.train_batch_size:
+        yield error(
+            f"environment.arithmetic.num_train_prompts={config.environment.arithmetic.num_train_prompts} is less than "
+            f"trainer.train_batch_size={config.trainer.train_batch_size}: not one whole step"
+        )
+    if config.environment.env_class == "arithmetic":
+        return
+    if not config.data.train_data:
+        yield error(
+            f"data.train_data is empty, and environment.env_class={config.environment.env_class} has no data of its "
+            "own; name jsonl, json or parquet files, or a datasets folder"
+        )
+    if not config.data.val_data and config.trainer.eval_interval > 0:
+        yield warning(f"data.val_data is empty: trainer.eval_interval={config.trainer.eval_interval} evaluates nothing")
+    for path in ("environment.arithmetic.num_train_prompts", "environment.arithmetic.num_eval_prompts"):
+        if checked.is_set(path):
+            yield warning(f"{checked.show(path)} is read with environment.env_class=arithmetic only")
+
+
+def schedule(checked: Checked) -> Iterator[Finding]:
+    """Where the number of steps is known before the data is read."""
+    config = checked.config
+    trainer, optimizer = config.trainer, config.trainer.policy.optimizer_config
+    if config.data.train_data and trainer.max_steps is None:
+        return
+    steps = trainer.max_steps or trainer.epochs * (
+        config.environment.arithmetic.num_train_prompts // trainer.train_batch_size
+    )
+    mini = trainer.policy_mini_batch_size or trainer.train_batch_size
+    updates = steps * trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini)
+    if optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= updates:
+        yield error(
+            f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for "
+            f"scheduler {optimizer.scheduler}: the run has {updates} optimizer steps"
+        )
+
+
+TRAINING_RULES: tuple[Rule, ...] = (
+    strategy,
+    names,
+    batch_sizes,
+    micro_batches,
+    kl,
+    groups,
+    sampling,
+    resuming,
+    data,
+    schedule,
+)

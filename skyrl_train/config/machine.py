@@ -1,0 +1,214 @@
+"""What this machine has, and the one-screen report when that is not enough for a configuration."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from skyrl_train.config.model_shape import BUILTIN_PREFIX, find_model_folder
+from skyrl_train.config.placement import count_gpus
+from skyrl_train.config.schema import Config
+from skyrl_train.config.unbuilt import UNBUILT_BACKENDS
+
+PROBE_TIMEOUT_S = 30.0
+INSTALL = {"sglang": '"sglang==0.5.23"', "vllm": '"vllm==0.26.0"'}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    name: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """GPUs that this process may use, cores, and memory of the host."""
+
+    gpus: tuple[Gpu, ...]
+    num_cpus: int
+    memory_bytes: int
+
+    def __str__(self) -> str:
+        memory = f"{self.num_cpus} CPU cores, {self.memory_bytes / 2**30:.0f} GiB of memory"
+        if not self.gpus:
+            return f"no GPU, {memory}"
+        first = self.gpus[0]
+        return f"{len(self.gpus)} x {first.name} ({first.memory_bytes / 2**30:.0f} GiB), {memory}"
+
+
+def this_machine() -> Machine:
+    """Asks nvidia-smi for GPUs: importing torch would take seconds and a driver context."""
+    return Machine(
+        gpus=_visible(_gpus(), os.environ.get("CUDA_VISIBLE_DEVICES")),
+        num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+def engine_release(config: Config) -> str | None:
+    """The installed version of the configured server in its interpreter; None when it is not there or not needed."""
+    package = config.generator.backend
+    if package == "embedded":
+        return None
+    python = config.generator.engine_python
+    if python is None or Path(python).expanduser().resolve() == Path(sys.executable).resolve():
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return None
+    code = f"from importlib.metadata import version; print(version({package!r}))"
+    try:
+        command = [str(Path(python).expanduser()), "-c", code]
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return answer.stdout.strip() or None
+
+
+def capability_report(config: Config, *, machine: Machine) -> str | None:
+    """One screen: what the configuration needs, what is here, what closes each difference. None when it can run."""
+    gaps = [gap for gap in (*_gpu_gaps(config, machine), *_engine_gaps(config), *_file_gaps(config)) if gap]
+    if not gaps:
+        return None
+    lines = [
+        "This machine can't run this configuration. Nothing was started.",
+        "",
+        f"  here: {machine}",
+        "",
+    ]
+    for gap in gaps:
+        lines += [f"  needs  {gap.needs}", f"  here   {gap.here}", *(f"  do     {way}" for way in gap.ways), ""]
+    lines += [
+        "  The same command with --explain shows every key, the plan of GPUs and memory, and the engines' commands.",
+        "  To train here and now: python -m skyrl_train.entrypoints.main_base",
+    ]
+    return "\n".join(lines)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Gap:
+    needs: str
+    here: str
+    ways: tuple[str, ...]
+
+
+def _gpu_gaps(config: Config, machine: Machine) -> list[_Gap]:
+    need = count_gpus(config)
+    placement = config.trainer.placement
+    # Other machines' GPUs can't be counted from here: of a cluster, this node's share must be present.
+    nodes = placement.policy_num_nodes if placement.colocate_all else 1
+    per_node = -(-need.total // max(nodes, config.generator.multi_node.nnodes))
+    if per_node <= len(machine.gpus):
+        return []
+    here = len(machine.gpus)
+    if here:
+        way = f"trainer.placement.policy_num_gpus_per_node={here}, with engines that use {here} GPUs as well"
+    else:
+        way = "trainer.placement.policy_num_gpus_per_node=0 trains on the CPU (tiny models only), with engines of 1 GPU"
+    return [
+        _Gap(
+            needs=f"{per_node} GPUs{' on this node' if nodes > 1 else ''}: {need}",
+            here=f"{here} GPUs",
+            ways=("run the same command on a machine that has them", way),
+        )
+    ]
+
+
+def _engine_gaps(config: Config) -> list[_Gap]:
+    generator = config.generator
+    backend = generator.backend
+    gaps = []
+    if backend in INSTALL and generator.run_engines_locally and engine_release(config) is None:
+        python = generator.engine_python
+        where = f"generator.engine_python={python}" if python else f"this interpreter ({sys.executable})"
+        missing = "no such file" if python and shutil.which(python) is None else f"no package {backend} in it"
+        gaps.append(
+            _Gap(
+                needs=f"{backend} in {where}",
+                here=missing,
+                ways=(
+                    f"python3 -m venv ~/{backend}-env && ~/{backend}-env/bin/pip install {INSTALL[backend]}",
+                    f"then generator.engine_python=~/{backend}-env/bin/python",
+                ),
+            )
+        )
+    if backend in UNBUILT_BACKENDS:
+        gaps.append(
+            _Gap(
+                needs=f"generator.backend={backend}",
+                here=UNBUILT_BACKENDS[backend],
+                ways=("generator.backend=embedded, without the keys of servers",),
+            )
+        )
+    return gaps
+
+
+def _file_gaps(config: Config) -> list[_Gap]:
+    trainer, speculation = config.trainer, config.generator.speculative_decoding
+    models = {"trainer.policy.model.path": trainer.policy.model.path}
+    if trainer.algorithm.use_kl_loss or trainer.algorithm.use_kl_in_reward:
+        models["trainer.ref.model.path"] = trainer.ref.model.path or trainer.policy.model.path
+    if speculation.enabled and speculation.draft_model_path:
+        models["generator.speculative_decoding.draft_model_path"] = speculation.draft_model_path
+    gaps = []
+    for path, keys in _by_value(models).items():
+        if not path.startswith(BUILTIN_PREFIX) and find_model_folder(path) is None:
+            name = path.rstrip("/").rpartition("/")[2]
+            hub_name = path if path.count("/") == 1 and not path.startswith((".", "/", "~")) else f"ORGANISATION/{name}"
+            gaps.append(
+                _Gap(
+                    needs=f"the model {path} ({keys[0]})",
+                    here="not on disk: no folder with a config.json there, nor in the Hugging Face cache",
+                    ways=(f"hf download {hub_name} --local-dir models/{name}", f"then {keys[0]}=models/{name}"),
+                )
+            )
+    for key, files in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
+        missing = [file for file in files if not Path(file).expanduser().exists()]
+        if missing:
+            gaps.append(
+                _Gap(
+                    needs=f"the data {', '.join(missing)} ({key})",
+                    here=f"not on disk (looked in {Path.cwd()})",
+                    ways=(f"{key}=[PATH]; examples/gsm8k/README.md makes such files",),
+                )
+            )
+    return gaps
+
+
+def _by_value(items: dict[str, str]) -> dict[str, list[str]]:
+    grouped: dict[str, list[str]] = {}
+    for key, value in items.items():
+        grouped.setdefault(value, []).append(key)
+    return grouped
+
+
+def _gpus() -> tuple[Gpu, ...]:
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    if shutil.which(command[0]) is None:
+        return ()
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return ()
+    rows = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if line.count(",") >= 1]
+    return tuple(Gpu(name=name.strip(), memory_bytes=int(mib) * 2**20) for name, mib in rows if mib.strip().isdigit())
+
+
+def _visible(gpus: tuple[Gpu, ...], variable: str | None) -> tuple[Gpu, ...]:
+    """CUDA_VISIBLE_DEVICES, which nvidia-smi does not heed: indices or UUIDs; the first unknown one ends the list."""
+    if variable is None:
+        return gpus
+    chosen: list[Gpu] = []
+    for word in filter(None, (part.strip() for part in variable.split(","))):
+        if word.startswith(("GPU-", "MIG-")):
+            chosen += gpus[:1]
+        elif word.isdigit() and int(word) < len(gpus):
+            chosen.append(gpus[int(word)])
+        else:
+            break
+    return tuple(chosen)

@@ -1,0 +1,267 @@
+"""What the key tree names and this version doesn't do yet.
+
+A key under one of these prefixes is refused when the user sets it to something other than its default, so
+that no setting is ever ignored. A feature that lands takes its line out of the table, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from skyrl_train.config.fields import Backend
+from skyrl_train.config.findings import is_set
+from skyrl_train.config.keys import read, schema_keys
+from skyrl_train.config.schema import Config
+from skyrl_train.config.sources import Sources
+from skyrl_train.errors import ConfigError
+
+EVERY_BACKEND: tuple[Backend, ...] = ("embedded", "sglang", "vllm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unbuilt:
+    """Keys at or under `prefix` need `feature`. `values` None refuses every value but the default."""
+
+    prefix: str
+    feature: str
+    instead: str
+    values: Callable[[Any], bool] | None = None
+    backends: Collection[str] = EVERY_BACKEND
+
+    def covers(self, path: str) -> bool:
+        return path == self.prefix or path.startswith(f"{self.prefix}.")
+
+
+def _one_of(*values: object) -> Callable[[Any], bool]:
+    return lambda value: value in values
+
+
+def _more_than(bound: int) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value > bound
+
+
+_GRPO = "trainer.algorithm.advantage_estimator=grpo"
+_CLIP = "trainer.algorithm.policy_loss_type=regular or dual_clip"
+_SYNC = "leave it out: the loop is synchronous"
+_ONE_DEVICE = "one GPU (trainer.placement.policy_num_gpus_per_node=1) or the CPU (0)"
+_SERVERS = "leave it out; it is for generator.backend sglang and vllm"
+
+UNBUILT: tuple[Unbuilt, ...] = (
+    # Training
+    Unbuilt(prefix="trainer.fully_async", feature="asynchronous training", instead=_SYNC),
+    Unbuilt(
+        prefix="trainer.algorithm.advantage_estimator",
+        feature="this estimator",
+        instead=f"{_GRPO}, or the dotted path of a function of your own",
+        values=_one_of("gae", "rloo", "reinforce++", "remax"),
+    ),
+    Unbuilt(prefix="trainer.critic", feature="the critic", instead=_GRPO),
+    *(
+        Unbuilt(prefix=f"trainer.{key}", feature="the critic", instead=_GRPO)
+        for key in (
+            "critic_mini_batch_size",
+            "placement.critic_num_nodes",
+            "placement.critic_num_gpus_per_node",
+            "algorithm.value_clip",
+            "algorithm.gamma",
+            "algorithm.lambd",
+        )
+    ),
+    Unbuilt(
+        prefix="trainer.algorithm.policy_loss_type",
+        feature="this loss",
+        instead=f"{_CLIP}, or the dotted path of a function of your own",
+        values=_one_of("gspo", "cispo", "sapo", "clip_cov", "kl_cov", "importance_sampling"),
+    ),
+    *(
+        Unbuilt(prefix=f"trainer.algorithm.{name}", feature=f"policy loss {name}", instead=_CLIP)
+        for name in ("sapo", "cispo", "clip_cov", "kl_cov")
+    ),
+    Unbuilt(
+        prefix="trainer.algorithm.use_kl_in_reward",
+        feature="the KL in the reward",
+        instead="trainer.algorithm.use_kl_loss=true",
+    ),
+    Unbuilt(
+        prefix="trainer.algorithm.kl_ctrl",
+        feature="the adaptive KL controller",
+        instead="a fixed trainer.algorithm.kl_loss_coef",
+    ),
+    Unbuilt(
+        prefix="trainer.algorithm.advantage_batch_normalize",
+        feature="advantages normalized over the batch",
+        instead="trainer.algorithm.grpo_norm_by_std",
+    ),
+    Unbuilt(
+        prefix="trainer.algorithm.zero_variance_filter",
+        feature="the zero-variance filter",
+        instead="leave it out: such groups have advantage 0",
+    ),
+    Unbuilt(prefix="trainer.algorithm.dynamic_sampling", feature="dynamic sampling", instead="leave it out"),
+    *(
+        Unbuilt(
+            prefix=f"trainer.algorithm.{key}",
+            feature="truncated importance sampling",
+            instead="leave it out: the embedded engine and the trainer run the same weights",
+        )
+        for key in ("use_tis", "tis_imp_ratio_cap")
+    ),
+    Unbuilt(prefix="trainer.policy.model.lora", feature="LoRA training", instead="full weights: leave it out"),
+    Unbuilt(
+        prefix="trainer.policy.optimizer_config.offload_after_step",
+        feature="optimizer state in host memory",
+        instead="leave it out",
+    ),
+    Unbuilt(prefix="trainer.fsdp_config", feature="FSDP2", instead=_ONE_DEVICE),
+    Unbuilt(prefix="trainer.sequence_parallel_size", feature="sequence parallelism", instead=_ONE_DEVICE),
+    *(
+        Unbuilt(
+            prefix=f"trainer.placement.{key}",
+            feature="training on several GPUs",
+            instead=_ONE_DEVICE,
+            values=_more_than(1),
+            backends=("embedded",),
+        )
+        for key in ("policy_num_gpus_per_node", "policy_num_nodes", "ref_num_nodes", "ref_num_gpus_per_node")
+    ),
+    Unbuilt(
+        prefix="trainer.micro_forward_batch_size_per_gpu",
+        feature="a batch size of its own for forward passes",
+        instead="trainer.micro_train_batch_size_per_gpu or trainer.max_tokens_per_micro_batch, which hold for both",
+    ),
+    Unbuilt(prefix="trainer.eval_batch_size", feature="evaluation in parts", instead="leave it out"),
+    # Rollouts
+    Unbuilt(prefix="generator.max_turns", feature="multi-turn rollouts", instead="generator.max_turns=1"),
+    Unbuilt(prefix="generator.use_conversation_multi_turn", feature="multi-turn rollouts", instead="leave it out"),
+    Unbuilt(
+        prefix="generator.batched", feature="rollouts in batches", instead="leave it out: requests run on their own"
+    ),
+    Unbuilt(
+        prefix="generator.chat_template",
+        feature="another chat template",
+        instead="the tokenizer's own, with generator.chat_template_kwargs",
+    ),
+    Unbuilt(
+        prefix="generator.enable_http_endpoint",
+        feature="an endpoint during training",
+        instead="skyrl_train.entrypoints.serve on the exported model",
+    ),
+    *(
+        Unbuilt(prefix=f"generator.{key}", feature="an endpoint during training", instead="leave it out")
+        for key in ("http_endpoint_host", "http_endpoint_port")
+    ),
+    # The embedded engine
+    Unbuilt(
+        prefix="generator.sessions",
+        feature="sessions in the embedded engine",
+        instead="leave it out: its prefix cache keeps histories",
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.speculative_decoding",
+        feature="speculation in the embedded engine",
+        instead="leave it out",
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.speculative_decoding.algorithm",
+        feature="choosing an algorithm by measuring",
+        instead="ngram, standalone, eagle or eagle3",
+        values=_one_of("auto"),
+    ),
+    Unbuilt(
+        prefix="generator.deterministic_inference",
+        feature="batch-invariant inference in the embedded engine",
+        instead="leave it out: on the CPU the same seed gives the same run",
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.lora",
+        feature="adapters in the embedded engine",
+        instead="leave it out",
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.metrics",
+        feature="a metrics endpoint during training",
+        instead="runs/<run_name>/metrics.jsonl, or /metrics of skyrl_train.entrypoints.serve",
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.scheduling",
+        feature="other scheduling in the embedded engine",
+        instead="generator.max_num_seqs, generator.max_num_batched_tokens, "
+        "or generator.engine_init_kwargs.{kv_cache_tokens,chunked_prefill}",
+        backends=("embedded",),
+    ),
+    *(
+        Unbuilt(prefix=f"generator.{group}", feature="a server of its own", instead=_SERVERS, backends=("embedded",))
+        for group in (
+            "kv_cache",
+            "hierarchical_cache",
+            "attention",
+            "cuda_graph",
+            "torch_compile",
+            "quantization",
+            "structured_output",
+            "custom_logit_processor",
+            "disaggregation",
+            "multi_node",
+            "load_balancing",
+            "health_checks",
+            "cpu_offload",
+            "num_inference_engines",
+            "inference_engine_tensor_parallel_size",
+            "inference_engine_pipeline_parallel_size",
+            "inference_engine_data_parallel_size",
+            "inference_engine_expert_parallel_size",
+            "run_engines_locally",
+            "remote_inference_engine_urls",
+            "engine_python",
+            "rope_scaling",
+            "rope_theta",
+            "json_model_override_args",
+            "trust_remote_code",
+            "use_overlapped_weight_sync",
+        )
+    ),
+)
+
+UNBUILT_BACKENDS: dict[Backend, str] = {
+    "sglang": "this version has no adapter for SGLang servers yet",
+    "vllm": "this version has no adapter for vLLM servers yet",
+}
+"""Accepted by --explain; a run ends in the report of what it needs (machine.py)."""
+
+
+def refuse_unbuilt(config: Config, sources: Sources) -> None:
+    """Raises ConfigError naming every key that asks for something this version can't do."""
+    messages = []
+    for path, unbuilt, value in _asked(config, sources):
+        advice = unbuilt.instead if unbuilt.instead.startswith("leave") else f"use {unbuilt.instead}"
+        messages.append(f"{path}={_shown(value)} ({sources[path]}): {unbuilt.feature} is not built yet; {advice}")
+    if messages:
+        raise ConfigError(
+            messages[0]
+            if len(messages) == 1
+            else "\n  - ".join([f"{len(messages)} settings are not built yet:", *messages])
+        )
+
+
+def _asked(config: Config, sources: Sources) -> list[tuple[str, Unbuilt, Any]]:
+    asked = []
+    for path in schema_keys():
+        for unbuilt in UNBUILT:
+            if config.generator.backend not in unbuilt.backends or not unbuilt.covers(path):
+                continue
+            value = read(config, path)
+            if is_set(path, config, sources) and (unbuilt.values is None or unbuilt.values(value)):
+                asked.append((path, unbuilt, value))
+                break
+    return asked
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
