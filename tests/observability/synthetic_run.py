@@ -19,7 +19,7 @@ trainer:
   train_batch_size: 16
   policy:
     model:
-      path: null
+      path: builtin:arithmetic
     optimizer_config:
       lr: 0.001
   algorithm:

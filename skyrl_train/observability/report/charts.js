@@ -41,7 +41,7 @@ const show = {
   number: (v) => {
     const size = Math.abs(v);
     if (size >= 1e9) return minus(`${(v / 1e9).toFixed(2)}B`);
-    if (size >= 1e6) return minus(`${(v / 1e6).toFixed(2)}M`);
+    if (size >= 1e6) return minus(`${(v / 1e6).toFixed(size < 1e7 ? 2 : 1)}M`);
     if (size >= 1000) return minus(Math.round(v).toLocaleString("en-US"));
     if (Number.isInteger(v)) return minus(String(v));
     return minus(size >= 0.001 ? String(Number(v.toPrecision(4))) : v.toExponential(2));
@@ -61,6 +61,8 @@ function ticks(low, high, count) {
   const rough = (high - low) / Math.max(count, 1);
   const power = 10 ** Math.floor(Math.log10(rough));
   const unit = [1, 2, 2.5, 5, 10].map((m) => m * power).find((u) => u >= rough * 0.999);
+  // One mark alone gives no scale.
+  if (Math.floor(high / unit + 1e-9) - Math.ceil(low / unit - 1e-9) < 1 && count < 12) return ticks(low, high, count + 1);
   const found = [];
   for (let i = Math.ceil(low / unit - 1e-9); i * unit <= high + unit * 1e-6; i++) found.push(Number((i * unit).toPrecision(12)));
   return found;
@@ -116,11 +118,17 @@ function chart(spec) {
     spec.legend || null, svg, tip);
   const self = { spec, svg, tip, card, width: 0 };
   charts.push(self);
-  new ResizeObserver(() => {
-    const width = Math.round(svg.getBoundingClientRect().width);
-    if (width > 0 && width !== self.width) { self.width = width; draw(self); }
-  }).observe(card);
+  new ResizeObserver(() => fit(self)).observe(card);
   return card;
+}
+
+/** Draw the chart if its width has changed. */
+function fit(self) {
+  const width = Math.round(self.svg.getBoundingClientRect().width);
+  if (width > 0 && width !== self.width) {
+    self.width = width;
+    draw(self);
+  }
 }
 
 function draw(self) {

@@ -109,6 +109,7 @@ function allMetrics() {
         const dots = data.series[key].s.length < 40;
         grid.append(chart({ key: `all:${key}`, name: key, format: formatOf(key), series: [{ name: key, color: `--c${rank % 7}`, ...data.series[key] }], height: 120, dots }));
       }
+      charts.forEach(fit);
     };
     // Drawn when opened: hundreds of charts would make the page slow to open.
     view.append(h("details", { class: "family card", ontoggle: fill }, h("summary", {}, family, h("span", {}, String(members.length))), grid));
@@ -152,9 +153,13 @@ head();
 tiles();
 setStepRange();
 overview();
+charts.forEach(fit);
 const browser = rolloutBrowser(data.rollouts);
 $("rollout-view").append(browser.element);
-onStepChosen = (step) => browser.select(step);
+onStepChosen = (step) => {
+  browser.select(step);
+  $("rollouts").scrollIntoView({ behavior: "smooth" });
+};
 allMetrics();
 configuration();
 document.documentElement.dataset.ready = "true";
