@@ -114,7 +114,7 @@ def render(view: RunView, width: int, height: int) -> RenderableType:
     for name in ("phases", "samples"):
         if take[name]:
             body += [Text(""), *take[name]]
-    title = Text.assemble(" ", ("skyrl_train", "bold"), (" · ", "dim"), (view.run_name, "bold cyan"), " ")
+    title = Text.assemble(" ", ("skyrl_train", "bold not dim"), " · ", (view.run_name, "bold cyan not dim"), " ")
     return Panel(
         Group(*head, *body),
         title=title,
@@ -274,4 +274,4 @@ def _sides(left: Text, right: Text) -> Table:
 
 def _bar(fraction: float, width: int, color: str, *, track: str = "━") -> Text:
     done = round(min(max(fraction, 0.0), 1.0) * width) if math.isfinite(fraction) else 0
-    return Text.assemble(("━" * done, color), (track * (width - done), "bright_black"))
+    return Text.assemble(("━" * done, color), (track * (width - done), "dim"))

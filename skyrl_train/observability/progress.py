@@ -68,7 +68,7 @@ class Progress:
         self._started = self._clock()
         if self.mode == "live":
             self._live = Live(
-                get_renderable=self._render, console=self.console, refresh_per_second=4, vertical_overflow="crop"
+                get_renderable=self._render, console=self.console, refresh_per_second=2, vertical_overflow="crop"
             )
             self._live.start(refresh=True)
             self._move_log_handlers()
