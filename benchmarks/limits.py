@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.grpo.work import StepWork
 from benchmarks.machine import copy_bytes_per_s, matmul_flops_per_s
 from benchmarks.models import ModelShape
 from benchmarks.workload import Request, num_new_tokens
@@ -89,3 +90,17 @@ def rollout_limit(shape: ModelShape, requests: Sequence[Request], ceilings: Ceil
         seconds=seconds,
         tokens_per_s=num_new_tokens(requests) / seconds,
     )
+
+
+def training_flops(shape: ModelShape, work: StepWork) -> float:
+    """Forward and backward of one step, each prompt once for its samples: 6 operations a weight and token.
+
+    The head is counted where a completion's token is predicted. Optimizer and recomputation are not counted.
+    """
+    num_rows = sum(work.prompt_lens) + work.num_completion_tokens
+    attention = 0.0
+    for n, lens in zip(work.prompt_lens, work.completion_lens, strict=True):
+        pairs = n * (n + 1) / 2 + sum(n * m + m * (m + 1) / 2 for m in lens)
+        attention += shape.attention_flops(1) * pairs
+    products = shape.num_layer_weights * num_rows + shape.num_head_weights * work.num_completion_tokens
+    return 6.0 * products + 3 * attention

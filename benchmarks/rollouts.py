@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from benchmarks.samplers.base import Sampler
 from benchmarks.samplers.embedded import EmbeddedSampler
 from benchmarks.samplers.generate import GenerateSampler
 from benchmarks.samplers.generate_batch import GenerateBatchSampler
+from benchmarks.tune import fastest_setting, threads_to_try
 from benchmarks.workload import LengthRange, Output, Request, describe, draw_requests, num_new_tokens
 from skyrl_train.attention import ATTENTION_NAME
 
@@ -38,9 +40,6 @@ ENGINES = ("generate", "generate_batch", OURS)
 CACHES = ("dynamic", "static", "compiled")
 MODES = {"sampled": False, "greedy": True}
 NUM_CHECKED = 8
-
-MakeSampler = Callable[[], Sampler]
-Rounds = Generator[list[MakeSampler], int, None]
 
 
 @dataclass
@@ -71,7 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--engines", type=_names(ENGINES), default=ENGINES, help="comma-separated; default: all")
     parser.add_argument("--modes", type=_names(tuple(MODES)), default=tuple(MODES), help="sampled,greedy")
-    parser.add_argument("--threads", type=_ints, default=None, help="thread counts to tune over; default: 1 and all")
+    parser.add_argument("--threads", type=_ints, default=(), help="thread counts to tune over; default: 1 and all")
     parser.add_argument("--generate-batches", type=_ints, default=(16, 32, 64), help="batch sizes to tune over")
     parser.add_argument("--generate-caches", type=_names(CACHES), default=("dynamic", "static"))
     parser.add_argument("--concurrent", type=_ints, default=(32, 64), help="generate_batch: running requests")
@@ -79,7 +78,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     args.dtype = getattr(torch, args.dtype)
-    args.threads = args.threads or tuple(sorted({1, machine.num_cores()}))
+    args.threads = threads_to_try(args.threads, args.device)
     args.name = args.name or f"rollouts-{args.shape}-{args.requests}"
     return args
 
@@ -106,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     for engine in args.engines:
         result = Result(engine=engine)
         try:
-            result.sampler = tune(settings(engine, model, requests, args), requests, args.device, report)
+            result.sampler = tuned(engine, model, requests, args, report)
             check(result, model, requests, args.modes, report)
         except Exception as exc:  # one engine that can't run here is a row of the table, not the end of the run
             report.log(traceback.format_exc())
@@ -128,55 +127,32 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     return results
 
 
-def settings(engine: str, model: PreTrainedModel, requests: Sequence[Request], args: argparse.Namespace) -> Rounds:
-    """Rounds of settings; the thread count of the fastest so far is sent in for the next round (see `tune`)."""
-    threads = args.threads if args.device == "cpu" else (torch.get_num_threads(),)
+def tuned(
+    engine: str, model: PreTrainedModel, requests: Sequence[Request], args: argparse.Namespace, report: Report
+) -> Sampler:
+    """The engine in its fastest setting, sampled; each setting runs once over everything after a warm-up."""
+    axes: dict[str, Sequence[Any]] = {"num_threads": args.threads}
+    make: Callable[..., Sampler]
     if engine == OURS:
-        twin = twin_on_same_weights(model, attn_implementation=ATTENTION_NAME)
-        yield [partial(EmbeddedSampler, twin, requests, num_threads=n) for n in threads]
+        make = partial(EmbeddedSampler, twin_on_same_weights(model, attn_implementation=ATTENTION_NAME), requests)
     elif engine == "generate":
-        batches = [n for n in args.generate_batches if n < args.requests] + [args.requests]
-        best = yield [
-            partial(GenerateSampler, model, batch_size=batches[-1], cache=args.generate_caches[0], num_threads=n)
-            for n in threads
-        ]
-        yield [
-            partial(GenerateSampler, model, batch_size=batch, cache=cache, num_threads=best)
-            for cache in args.generate_caches
-            for batch in batches
-            if (batch, cache) != (batches[-1], args.generate_caches[0])
-        ]
+        make = partial(GenerateSampler, model)
+        batches = sorted({min(n, args.requests) for n in (*args.generate_batches, args.requests)}, reverse=True)
+        axes |= {"cache": args.generate_caches, "batch_size": batches}
     else:
-        concurrent = sorted({min(n, args.requests) for n in args.concurrent})
         make = partial(GenerateBatchSampler, model, requests, page_size=16 if args.device == "cpu" else 256)
-        best = yield [partial(make, max_requests=concurrent[-1], num_threads=n) for n in threads]
-        yield [partial(make, max_requests=n, num_threads=best) for n in concurrent[:-1]]
+        axes |= {"max_requests": sorted({min(n, args.requests) for n in args.concurrent}, reverse=True)}
 
+    def seconds(sampler: Sampler) -> float:
+        try:
+            warm_up(sampler, requests, "sampled")
+            timing = time_once(partial(run, sampler, requests, "sampled"), args.device)
+        finally:
+            sampler.close()
+        report.log(f"tuning, {sampler.name}: {timing}, {rate(num_new_tokens(requests), timing.wall_s)} tokens/s")
+        return timing.wall_s
 
-def tune(rounds: Rounds, requests: Sequence[Request], device: str, report: Report) -> Sampler:
-    """The fastest of all settings, sampled; each runs once over everything after a short warm-up."""
-    best: tuple[float, MakeSampler, int] | None = None
-    try:
-        makers = next(rounds)
-        while True:
-            for make in makers:
-                sampler = make()
-                try:
-                    warm_up(sampler, requests, "sampled")
-                    timing = time_once(partial(run, sampler, requests, "sampled"), device)
-                finally:
-                    sampler.close()
-                report.log(
-                    f"tuning, {sampler.name}: {timing}, {rate(num_new_tokens(requests), timing.wall_s)} tokens/s"
-                )
-                if best is None or timing.wall_s < best[0]:
-                    best = (timing.wall_s, make, sampler.num_threads)
-            assert best is not None
-            makers = rounds.send(best[2])
-    except StopIteration:
-        pass
-    assert best is not None
-    return best[1]()
+    return fastest_setting(make, axes, seconds)()
 
 
 def warm_up(sampler: Sampler, requests: Sequence[Request], mode: str) -> None:
