@@ -77,7 +77,9 @@ class Engine(Protocol):
     @property
     def info(self) -> EngineInfo: ...
 
-    async def stats(self) -> EngineStats: ...
+    async def stats(self) -> EngineStats:
+        """Also while paused. Raises EngineUnavailable once the engine is closed or has failed."""
+        ...
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """Waits while paused. Raises RequestRejected or EngineUnavailable.

@@ -9,7 +9,7 @@ in a step fails every open request and closes the engine for good.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -73,7 +73,11 @@ class EmbeddedEngine:
         return self.core.info
 
     async def stats(self) -> EngineStats:
-        return await self._driver.call(self.core.stats)
+        def read() -> EngineStats:
+            self._check_open()
+            return self.core.stats()
+
+        return await self._driver.call(read)
 
     # -- requests
 
@@ -84,7 +88,7 @@ class EmbeddedEngine:
         finally:
             self._leave(request.request_id, caller)
 
-    async def stream(self, request: GenerateRequest) -> AsyncIterator[StreamedTokens]:
+    async def stream(self, request: GenerateRequest) -> AsyncGenerator[StreamedTokens, None]:
         """Like `generate`, in pieces as they are sampled; leaving the iteration aborts the request."""
         caller = await self._submit(request, streams=True)
         assert caller.pieces is not None
