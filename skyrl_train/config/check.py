@@ -113,7 +113,11 @@ def quickstart_numbers_with_another_model(checked: Checked) -> Iterator[Finding]
     model = checked.config.trainer.policy.model.path
     if model.startswith(BUILTIN_PREFIX):
         return
-    tuned = ("trainer.policy.optimizer_config.lr", "generator.sampling_params.max_generate_length")
+    tuned = (
+        "trainer.policy.optimizer_config.lr",
+        "generator.max_input_length",
+        "generator.sampling_params.max_generate_length",
+    )
     left = [path for path in tuned if checked.sources[path].kind == "base.yaml"]
     if left:
         yield warning(

@@ -80,10 +80,16 @@ def _missing_in_release(checked: Checked) -> Iterator[Finding]:
             continue
         row = rows[0]
         when = f"it came with {row.since}" if row.until is None else f"it is gone since {row.until}"
-        way = f"use {row.instead}" if row.instead else f"install SGLang {row.since} or later"
-        if row.instead and row.instead.startswith("nothing"):
-            way = f"use {row.instead}"
+        way = row.instead or f"install SGLang {row.since} or later"
+        if way.startswith("generator."):
+            way = f"use {way}"
         yield error(f"{checked.show(key)}: SGLang {release} has no {row.field}, {when}; {way}")
+
+    for (key, value), (since, until) in sglang.VALUE_RELEASES.items():
+        row = sglang.Argument(key=key, field=value, since=since, until=until)
+        if checked.value(key) == value and not row.exists_in(release):
+            when = f"it came with {since}" if since else f"it is gone since {until}"
+            yield error(f"{checked.show(key)}: SGLang {release} does not know {value}, {when}")
 
 
 def _written_twice(checked: Checked) -> Iterator[Finding]:

@@ -76,16 +76,17 @@ def capability_report(config: Config, *, machine: Machine) -> str | None:
     if not gaps:
         return None
     lines = [
-        "This machine can't run this configuration. Nothing was started.",
-        "",
-        f"  here: {machine}",
+        "This machine can't run this configuration; nothing was started.",
+        f"Here: {machine}.",
         "",
     ]
     for gap in gaps:
-        lines += [f"  needs  {gap.needs}", f"  here   {gap.here}", *(f"  do     {way}" for way in gap.ways), ""]
+        lines.append(f"  needs {gap.needs}; here: {gap.here}")
+        lines += [f"      {'-> ' if index == 0 else '   '}{way}" for index, way in enumerate(gap.ways)]
     lines += [
-        "  The same command with --explain shows every key, the plan of GPUs and memory, and the engines' commands.",
-        "  To train here and now: python -m skyrl_train.entrypoints.main_base",
+        "",
+        "Add --explain to see every key, the plan of GPUs and memory, and the engines' commands.",
+        "To train here and now: python -m skyrl_train.entrypoints.main_base",
     ]
     return "\n".join(lines)
 
@@ -107,13 +108,13 @@ def _gpu_gaps(config: Config, machine: Machine) -> list[_Gap]:
         return []
     here = len(machine.gpus)
     if here:
-        way = f"trainer.placement.policy_num_gpus_per_node={here}, with engines that use {here} GPUs as well"
+        way = f"or trainer.placement.policy_num_gpus_per_node={here} and engines that take {here} GPUs together"
     else:
-        way = "trainer.placement.policy_num_gpus_per_node=0 trains on the CPU (tiny models only), with engines of 1 GPU"
+        way = "or trainer.placement.policy_num_gpus_per_node=0: everything on the CPU, for tiny models"
     return [
         _Gap(
-            needs=f"{per_node} GPUs{' on this node' if nodes > 1 else ''}: {need}",
-            here=f"{here} GPUs",
+            needs=f"{per_node} GPU{'s' if per_node > 1 else ''}{' on this node' if nodes > 1 else ''} ({need})",
+            here=str(here),
             ways=("run the same command on a machine that has them", way),
         )
     ]
@@ -126,7 +127,8 @@ def _engine_gaps(config: Config) -> list[_Gap]:
     if backend in INSTALL and generator.run_engines_locally and engine_release(config) is None:
         python = generator.engine_python
         where = f"generator.engine_python={python}" if python else f"this interpreter ({sys.executable})"
-        missing = "no such file" if python and shutil.which(python) is None else f"no package {backend} in it"
+        found = python is None or shutil.which(Path(python).expanduser()) is not None
+        missing = f"no package {backend} in it" if found else "no such program"
         gaps.append(
             _Gap(
                 needs=f"{backend} in {where}",
@@ -142,7 +144,7 @@ def _engine_gaps(config: Config) -> list[_Gap]:
             _Gap(
                 needs=f"generator.backend={backend}",
                 here=UNBUILT_BACKENDS[backend],
-                ways=("generator.backend=embedded, without the keys of servers",),
+                ways=("generator.backend=embedded, without the keys that only servers have",),
             )
         )
     return gaps
@@ -163,21 +165,28 @@ def _file_gaps(config: Config) -> list[_Gap]:
             gaps.append(
                 _Gap(
                     needs=f"the model {path} ({keys[0]})",
-                    here="not on disk: no folder with a config.json there, nor in the Hugging Face cache",
+                    here="not on disk, nor in the Hugging Face cache",
                     ways=(f"hf download {hub_name} --local-dir models/{name}", f"then {keys[0]}=models/{name}"),
                 )
             )
-    for key, files in (("data.train_data", config.data.train_data), ("data.val_data", config.data.val_data)):
-        missing = [file for file in files if not Path(file).expanduser().exists()]
-        if missing:
-            gaps.append(
-                _Gap(
-                    needs=f"the data {', '.join(missing)} ({key})",
-                    here=f"not on disk (looked in {Path.cwd()})",
-                    ways=(f"{key}=[PATH]; examples/gsm8k/README.md makes such files",),
-                )
+    files = {"data.train_data": config.data.train_data, "data.val_data": config.data.val_data}
+    missing = {key: [file for file in paths if not Path(file).expanduser().exists()] for key, paths in files.items()}
+    if any(missing.values()):
+        names = [f"{', '.join(paths)} ({key})" for key, paths in missing.items() if paths]
+        gaps.append(
+            _Gap(
+                needs=f"the data {' and '.join(names)}",
+                here=f"not under {Path.cwd()}",
+                ways=_data_ways([file for paths in missing.values() for file in paths]),
             )
+        )
     return gaps
+
+
+def _data_ways(missing: list[str]) -> tuple[str, ...]:
+    if all("gsm8k" in file for file in missing):
+        return (f"python examples/gsm8k/prepare.py --out {Path(missing[0]).parent}",)
+    return ("data.train_data=[PATH, ...]: jsonl, json, parquet, or a datasets folder",)
 
 
 def _by_value(items: dict[str, str]) -> dict[str, list[str]]:
@@ -206,7 +215,7 @@ def _visible(gpus: tuple[Gpu, ...], variable: str | None) -> tuple[Gpu, ...]:
     chosen: list[Gpu] = []
     for word in filter(None, (part.strip() for part in variable.split(","))):
         if word.startswith(("GPU-", "MIG-")):
-            chosen += gpus[:1]
+            chosen += gpus[:1]  # which one does not matter here: they are counted, and are of one kind
         elif word.isdigit() and int(word) < len(gpus):
             chosen.append(gpus[int(word)])
         else:

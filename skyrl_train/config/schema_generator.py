@@ -36,7 +36,11 @@ class SamplingParams(Group):
     """How an answer is sampled. Off values: top_p 1, top_k 0, min_p 0, penalties 1 / 0 / 0."""
 
     max_generate_length: Positive = Field(description="Tokens of an answer at most.")
-    temperature: float = Field(1.0, ge=0, description="0 is greedy; training wants 1.")
+    temperature: float = Field(
+        1.0,
+        ge=0,
+        description="Logits are divided by this; 0 is greedy. Training wants 1: the distribution that is trained.",
+    )
     top_p: float = Field(1.0, gt=0, le=1, description="Keep the likeliest tokens up to this mass; 1 is off.")
     top_k: NonNegative = Field(0, description="Keep the k likeliest tokens; 0 is off.")
     min_p: Fraction = Field(0.0, description="Drop tokens below this times the likeliest; 0 is off.")
@@ -44,8 +48,10 @@ class SamplingParams(Group):
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted once from seen tokens; 0 is off.")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="Subtracted per occurrence; 0 is off.")
     min_new_tokens: NonNegative = Field(0, description="No end before this many tokens.")
-    stop: Strings = Field((), description="Texts that end an answer; they stay in it.")
-    stop_token_ids: Ints = Field((), description="Token ids that end an answer; they stay in it.")
+    stop: Strings = Field(
+        (), description="Texts that end an answer; kept in the text, the ids and the log-probabilities."
+    )
+    stop_token_ids: Ints = Field((), description="Token ids that end an answer; kept like stop.")
     ignore_eos: bool = Field(False, description="Go on after the end token.")
 
 
@@ -68,49 +74,98 @@ class Generator(Group):
     backend: Backend = Field(
         "embedded", description="embedded runs in this process; sglang and vllm are servers of their own."
     )
-    num_inference_engines: Positive = Field(1, description="Engines that share the load.")
-    inference_engine_tensor_parallel_size: Positive = Field(1, description="GPUs that share one layer.")
-    inference_engine_pipeline_parallel_size: Positive = Field(1, description="GPUs that hold layers in turn.")
-    inference_engine_data_parallel_size: Positive = Field(1, description="Copies within one engine.")
-    inference_engine_expert_parallel_size: Positive = Field(1, description="GPUs that share the experts.")
-    run_engines_locally: bool = Field(True, description="Start the engines here; false attaches to running ones.")
-    remote_inference_engine_urls: Strings = Field((), description="host:port of running engines.")
+    num_inference_engines: Positive = Field(
+        1,
+        description="Engines that share the load. Each takes tensor x pipeline x data parallel GPUs; colocated, "
+        "together as many as the policy has.",
+    )
+    inference_engine_tensor_parallel_size: Positive = Field(
+        1, description="GPUs that share every layer of one engine; must divide the model's attention heads."
+    )
+    inference_engine_pipeline_parallel_size: Positive = Field(
+        1, description="GPUs that hold the layers of one engine in turn; does not go with speculative decoding."
+    )
+    inference_engine_data_parallel_size: Positive = Field(1, description="Copies of the model within one engine.")
+    inference_engine_expert_parallel_size: Positive = Field(
+        1, description="GPUs that share the experts of a mixture-of-experts model."
+    )
+    run_engines_locally: bool = Field(
+        True, description="Start the engines here; false attaches to the servers in remote_inference_engine_urls."
+    )
+    remote_inference_engine_urls: Strings = Field(
+        (), description="host:port of servers that somebody else runs, one for each of num_inference_engines."
+    )
     engine_python: str | None = Field(
-        None, description="The interpreter that has SGLang or vLLM; null is the one that runs this command."
+        None,
+        description="The Python interpreter that has SGLang or vLLM installed: servers pin their own torch and "
+        "live in an environment of their own. null is the interpreter that runs this command.",
     )
     engine_init_kwargs: dict[str, Any] = Field(
         default_factory=dict,
-        description="More arguments for the engine, by its own names, but none that a key here writes.",
+        description="Further arguments for the engine, by its own names; not one that a key here writes.",
     )
-    model_dtype: Dtype | None = Field(None, description="Type of the engine's weights; null is the backend's choice.")
+    model_dtype: Dtype | None = Field(
+        None, description="Type of the engine's weights and activations; null is bfloat16 on GPUs and float32 on a CPU."
+    )
     gpu_memory_utilization: float | None = Field(
-        None, gt=0, le=1, description="Fraction of GPU memory for weights and KV cache; null is the backend's choice."
+        None,
+        gt=0,
+        le=1,
+        description="Fraction of GPU memory for weights and KV cache together; of free memory for the KV cache "
+        "alone in the embedded engine. null is the backend's.",
     )
-    max_num_batched_tokens: Positive | None = Field(None, description="Tokens of one step; null is the backend's.")
-    max_num_seqs: Positive | None = Field(None, description="Requests at once; null is the backend's choice.")
+    max_num_batched_tokens: Positive | None = Field(
+        None,
+        description="Prompt tokens computed in one step at most; in the embedded engine, all tokens of a step. "
+        "null is the backend's.",
+    )
+    max_num_seqs: Positive | None = Field(None, description="Requests that run at once at most; null is the backend's.")
     max_model_len: Positive | None = Field(
-        None, description="Tokens of prompt and answer together; null is max_input_length + max_generate_length."
+        None,
+        description="Tokens of prompt and answer together; null is max_input_length plus the longer "
+        "max_generate_length.",
     )
-    enable_prefix_caching: bool = Field(True, description="Keep the keys and values of prefixes for later requests.")
+    enable_prefix_caching: bool = Field(
+        True,
+        description="Keep keys and values of prompts for later requests: the samples of one prompt then share its"
+        " computation.",
+    )
     weight_sync_backend: Literal["auto", "local", "nccl", "gloo", "cuda_ipc", "disk"] = Field(
-        "auto", description="How new weights reach the engine; local shares the trainer's tensors (embedded)."
+        "auto",
+        description="How new weights reach the engines: local shares the trainer's tensors (embedded), cuda_ipc "
+        "hands over memory of the same GPU (colocated), nccl and gloo broadcast, disk goes through "
+        "files. auto chooses by placement.",
     )
-    use_overlapped_weight_sync: bool = Field(False, description="Receive weights beside the live ones, then swap.")
-    n_samples_per_prompt: Positive = Field(description="Answers sampled for each prompt: the group of grpo.")
-    eval_n_samples_per_prompt: Positive = Field(1, description="Answers for each held-out prompt.")
-    batched: bool = Field(False, description="Wait for a whole batch instead of one request at a time.")
-    max_turns: Positive = Field(1, description="Turns of one trajectory.")
-    max_input_length: Positive = Field(description="Tokens of a prompt at most, history included.")
-    use_conversation_multi_turn: bool = Field(True, description="Each turn is a chat message of its own.")
+    use_overlapped_weight_sync: bool = Field(
+        False,
+        description="Receive new weights beside the live ones and swap them under a short pause; takes the memory"
+        " of a second copy.",
+    )
+    n_samples_per_prompt: Positive = Field(description="Answers sampled for each prompt: the group that grpo compares.")
+    eval_n_samples_per_prompt: Positive = Field(1, description="Answers sampled for each held-out prompt.")
+    batched: bool = Field(
+        False, description="Hand over a whole batch at once instead of one request per trajectory; single-turn only."
+    )
+    max_turns: Positive = Field(1, description="Turns of one trajectory at most: answer, observation, answer, ….")
+    max_input_length: Positive = Field(
+        description="Tokens of a prompt at most, history included; longer prompts are left out and counted."
+    )
+    use_conversation_multi_turn: bool = Field(
+        True, description="Each turn is a chat message of its own; false appends observations to one message."
+    )
     chat_template: ChatTemplate
-    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict, description="Variables for the template.")
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Variables for the chat template, as {enable_thinking: false}."
+    )
     enable_http_endpoint: bool = Field(False, description="Serve the engines over OpenAI's protocol while training.")
-    http_endpoint_host: str = Field("127.0.0.1", description="Interface of that endpoint.")
+    http_endpoint_host: str = Field("127.0.0.1", description="Interface of that endpoint; loopback unless you open it.")
     http_endpoint_port: int = Field(8000, ge=1, le=65_535, description="Port of that endpoint.")
     rope_scaling: dict[str, Any] | None = Field(None, description="Older name: now in json_model_override_args.")
     rope_theta: float | None = Field(None, gt=0, description="Older name: now in json_model_override_args.")
-    json_model_override_args: dict[str, Any] | None = Field(None, description="Changes to the model's config.json.")
-    trust_remote_code: bool | None = Field(None, description="Run code that comes with the model.")
+    json_model_override_args: dict[str, Any] | None = Field(
+        None, description="Entries that replace those of the model's config.json, as {rope_scaling: {…}}."
+    )
+    trust_remote_code: bool | None = Field(None, description="Run Python code that comes with the model.")
     random_seed: NonNegative | None = Field(None, description="The server's seed; null is trainer.seed.")
     sampling_params: SamplingParams
     eval_sampling_params: EvalSamplingParams

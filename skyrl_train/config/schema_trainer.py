@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from skyrl_train.config.fields import Dtype, Fraction, Group, NonNegative, Positive, Strings, _as_tuple
+from skyrl_train.config.fields import Fraction, Group, NonNegative, Positive, Strings, _as_tuple
 from skyrl_train.config.schema_algorithm import Algorithm, FullyAsync
 
 Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
@@ -15,7 +15,11 @@ Betas = Annotated[tuple[Fraction, Fraction], BeforeValidator(_as_tuple)]
 class Placement(Group):
     """GPUs of each role. Nothing here is guessed: 0 GPUs a node means the CPU."""
 
-    colocate_all: bool = Field(True, description="Trainer and engines share their GPUs, and take turns on the memory.")
+    colocate_all: bool = Field(
+        True,
+        description="Trainer and engines share the same GPUs and take turns on the memory; false gives the "
+        "engines GPUs of their own.",
+    )
     colocate_policy_ref: bool = Field(True, description="Policy and reference model share their GPUs.")
     policy_num_nodes: Positive = Field(1, description="Machines that train the policy.")
     policy_num_gpus_per_node: NonNegative = Field(0, description="GPUs of each of them; 0 trains on the CPU.")
@@ -50,7 +54,7 @@ class PolicyModel(Group):
         min_length=1,
         description="A folder in Hugging Face format, or builtin:arithmetic: a tiny model made on this machine.",
     )
-    dtype: Dtype | None = Field(
+    dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Type of the weights in the trainer; null is float32 on a CPU and bfloat16 on a GPU."
     )
     lora: Lora
@@ -139,7 +143,9 @@ class Trainer(Group):
     max_steps: Positive | None = Field(None, description="Stop after this many steps, whatever epochs says.")
     train_batch_size: Positive = Field(description="Prompts of one step; each is sampled n_samples_per_prompt times.")
     policy_mini_batch_size: Positive | None = Field(
-        None, description="Prompts of one optimizer step; null is the whole train_batch_size."
+        None,
+        description="Prompts of one optimizer step; must divide train_batch_size. null is the whole "
+        "train_batch_size: one strictly on-policy update a step.",
     )
     critic_mini_batch_size: Positive | None = Field(
         None, description="As policy_mini_batch_size, for the critic; null is the policy's."
@@ -151,7 +157,9 @@ class Trainer(Group):
         None, description="Samples of one forward without gradient; null leaves it to max_tokens_per_micro_batch."
     )
     max_tokens_per_micro_batch: Positive | None = Field(
-        None, description="Packed tokens of one forward; null is 8192 unless a micro batch size in samples is set."
+        None,
+        description="Packed tokens of one forward and backward; bounds memory, does not change the gradient. null"
+        " is 8192, or one sample where that is longer, unless a micro batch size in samples is set.",
     )
     update_epochs_per_batch: Positive = Field(1, description="Passes over one batch of rollouts.")
     eval_interval: int = Field(ge=-1, description="Steps between evaluations; -1 never evaluates.")

@@ -1,6 +1,7 @@
 """Tables of keys for the documentation, made from the schema: `python -m skyrl_train.config.tables`.
 
-Rewrites what stands between `<!-- keys: PREFIX -->` and `<!-- end -->` in docs/*.md; `--check` only compares.
+Rewrites what stands between `<!-- keys: GROUP -->` (or `sglang: GROUP`, `aliases`, `unbuilt`) and `<!-- end -->` in
+docs/*.md, and the full SGLang example. `--check` only compares.
 """
 
 from __future__ import annotations
@@ -9,20 +10,25 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from skyrl_train.config.aliases import ALIASES, GROUP_ALIASES
 from skyrl_train.config.base import base_keys, default_of
 from skyrl_train.config.defaults import BACKEND_DEFAULTS, DERIVED_DEFAULTS
+from skyrl_train.config.example import full_example
 from skyrl_train.config.keys import schema_groups, schema_keys
-from skyrl_train.engines.sglang.args import ARGUMENTS
+from skyrl_train.config.unbuilt import EVERY_BACKEND, UNBUILT, UNBUILT_BACKENDS
+from skyrl_train.engines.sglang.args import ARGUMENTS, Argument
 
-DOCS = Path(__file__).parents[2] / "docs"
-_BLOCK = re.compile(r"(<!-- (keys|sglang): (\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+EXAMPLE = ROOT / "examples" / "sglang" / "sglang_full_config_example.yaml"
+_BLOCK = re.compile(r"(<!-- (keys|sglang|aliases|unbuilt):? ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def value_text(value: Any) -> str:
@@ -45,60 +51,89 @@ def type_text(path: str) -> str:
     return _type(schema_keys()[path])
 
 
-def key_table(prefix: str) -> str:
-    """A Markdown table of the keys directly under `prefix` and in its groups."""
+def key_table(prefix: str, *, without: Collection[str] = ()) -> str:
+    """A Markdown table of the keys at and below `prefix`, but those below a prefix in `without`."""
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
-    for path in _under(prefix):
+    for path in _under(prefix, without):
         name = path.removeprefix(f"{prefix}.")
         lines.append(f"| `{name}` | {_cell(type_text(path))} | {_cell(_default_text(path))} | {_meaning(path)} |")
     return "\n".join(lines) + "\n"
 
 
-def sglang_table(prefix: str) -> str:
-    """A Markdown table of the keys under `prefix` with the server argument that each writes."""
-    lines = ["| key | ServerArgs field | SGLang's default | releases | meaning |", "|---|---|---|---|---|"]
-    for argument in ARGUMENTS:
-        if argument.key == prefix or argument.key.startswith(f"{prefix}."):
-            name = argument.key.removeprefix(f"{prefix}.")
+def sglang_table(prefix: str, *, without: Collection[str] = ()) -> str:
+    """A Markdown table of the keys below `prefix` with the server argument that each writes."""
+    lines = ["| key | argument | when null | releases | meaning |", "|---|---|---|---|---|"]
+    rows_of: dict[str, list[Argument]] = {}
+    for row in ARGUMENTS:
+        rows_of.setdefault(row.key, []).append(row)
+    for path in _under(prefix, without):
+        for row in rows_of.get(path, ()):
+            name = path.removeprefix(f"{prefix}.")
             lines.append(
-                f"| `{name}` | `{argument.field}` | {_cell(argument.default) or '—'} | "
-                f"{_releases(argument.since, argument.until)} | {_meaning(argument.key)} |"
+                f"| `{name}` | `{row.field}` | {_cell(_when_null(path, row)) or '—'} | {_releases(row)} | "
+                f"{_meaning(path)} |"
             )
     return "\n".join(lines) + "\n"
 
 
+def alias_table() -> str:
+    """A Markdown table of short names."""
+    lines = ["| short | key |", "|---|---|"]
+    lines += [f"| `{alias}` | `{key}` |" for alias, key in ALIASES.items()]
+    lines += [f"| `{alias}.*` | `{key}.*` |" for alias, key in GROUP_ALIASES.items() if key in schema_groups()]
+    return "\n".join(lines) + "\n"
+
+
+def unbuilt_table() -> str:
+    """A Markdown table of what is refused for now."""
+    lines = ["| setting | backend | not built yet | meanwhile |", "|---|---|---|---|"]
+    for row in UNBUILT:
+        backends = "any" if len(row.backends) == len(EVERY_BACKEND) else ", ".join(row.backends)
+        lines.append(f"| `{row.prefix}` | {backends} | {row.feature} | {_cell(row.instead)} |")
+    lines += [f"| `generator.backend={name}` | | {why} | --explain works |" for name, why in UNBUILT_BACKENDS.items()]
+    return "\n".join(lines) + "\n"
+
+
 def render(text: str) -> str:
-    """A page with its tables made anew."""
-    makers = {"keys": key_table, "sglang": sglang_table}
-    return _BLOCK.sub(lambda found: found[1] + makers[found[2]](found[3]) + found[4], text)
+    """A page with its tables made anew. A block leaves out what the page's other blocks of its kind show."""
+    blocks = [(found[2], found[3]) for found in _BLOCK.finditer(text)]
+
+    def table(kind: str, prefix: str) -> str:
+        if kind == "aliases":
+            return alias_table()
+        if kind == "unbuilt":
+            return unbuilt_table()
+        others = [other for other_kind, other in blocks if other_kind == kind and other != prefix]
+        inner = [other for other in others if other.startswith(f"{prefix}.")]
+        return key_table(prefix, without=inner) if kind == "keys" else sglang_table(prefix, without=inner)
+
+    return _BLOCK.sub(lambda found: found[1] + table(found[2], found[3]) + found[4], text)
 
 
 def main(argv: Sequence[str]) -> int:
-    stale = []
-    for page in sorted(DOCS.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        if (fresh := render(text)) != text:
-            stale.append(page.name)
-            if "--check" not in argv:
-                page.write_text(fresh, encoding="utf-8")
-    if stale:
-        print(f"{'stale' if '--check' in argv else 'rewritten'}: {', '.join(stale)}")
+    fresh = {page: render(page.read_text(encoding="utf-8")) for page in sorted(DOCS.glob("*.md"))}
+    fresh[EXAMPLE] = full_example()
+    stale = [page for page, text in fresh.items() if not page.exists() or page.read_text(encoding="utf-8") != text]
+    for page in stale:
+        if "--check" not in argv:
+            page.write_text(fresh[page], encoding="utf-8")
+        print(f"{'stale' if '--check' in argv else 'written'}: {page.relative_to(ROOT)}")
     return int(bool(stale) and "--check" in argv)
 
 
-def _under(prefix: str) -> Iterable[str]:
-    """Keys of one group; of a group with large groups inside, only those that stand in it directly."""
-    groups = schema_groups()
-    assert prefix in groups, f"no group {prefix!r}; groups: {', '.join(groups)}"
-    return [path for path in schema_keys() if path.startswith(f"{prefix}.")]
+def _under(prefix: str, without: Collection[str]) -> list[str]:
+    assert prefix in schema_groups(), f"no group {prefix!r}; groups: {', '.join(schema_groups())}"
+    return [
+        path
+        for path in schema_keys()
+        if path.startswith(f"{prefix}.") and not any(path.startswith(f"{inner}.") for inner in without)
+    ]
 
 
 def _type(field: FieldInfo) -> str:
     options = _options(field.annotation)
     texts = list(dict.fromkeys(_one_type(option) for option in options if option is not type(None)))
-    bounds = _bounds(field.metadata) or _bounds(
-        bound for option in options for bound in getattr(option, "__metadata__", ())
-    )
+    bounds = _bounds(field.metadata)
     return " or ".join(texts) + (f" {bounds}" if bounds else "")
 
 
@@ -153,8 +188,19 @@ def _meaning(path: str) -> str:
     return _cell(schema_keys()[path].description or "")
 
 
-def _releases(since: str | None, until: str | None) -> str:
-    return " ".join(filter(None, (f"since {since}" if since else "", f"before {until}" if until else ""))) or "all"
+def _when_null(path: str, row: Argument) -> str:
+    if default_of(path) is not None:
+        return ""
+    if path in DERIVED_DEFAULTS:
+        return f"{DERIVED_DEFAULTS[path][0]}"
+    return "this project's choice" if "sglang" in BACKEND_DEFAULTS.get(path, {}) else row.default
+
+
+def _releases(row: Argument) -> str:
+    since = f"since {row.since}" if row.since else ""
+    until = f"before {row.until}" if row.until else ""
+    instead = f"; then {_cell(row.instead)}" if row.until and row.instead else ""
+    return (" ".join(filter(None, (since, until))) or "all") + instead
 
 
 def _cell(text: str) -> str:

@@ -241,7 +241,7 @@ def refuse_unbuilt(config: Config, sources: Sources) -> None:
     messages = []
     for path, unbuilt, value in _asked(config, sources):
         advice = unbuilt.instead if unbuilt.instead.startswith("leave") else f"use {unbuilt.instead}"
-        messages.append(f"{path}={_shown(value)} ({sources[path]}): {unbuilt.feature} is not built yet; {advice}")
+        messages.append(f"{path}={_shown(value)} ({sources[path]}): not built yet: {unbuilt.feature}; {advice}")
     if messages:
         raise ConfigError(
             messages[0]

@@ -71,6 +71,15 @@ def _arg(key: str, field: str, default: str = "", **more: Any) -> Argument:
     return Argument(key=key, field=field, default=default, **more)
 
 
+VALUE_RELEASES: dict[tuple[str, str], tuple[str | None, str | None]] = {
+    ("generator.scheduling.policy", "hrrn"): ("0.5.23", None),
+    ("generator.scheduling.policy", "shortest-prefill-first"): ("0.5.23", None),
+    ("generator.kv_cache.eviction_policy", "tlru"): ("0.5.23", None),
+    ("generator.kv_cache.dtype", "fp4_e2m1"): (None, "0.5.23"),
+    ("generator.lora.backend", "triton_v2"): ("0.5.23", None),
+}
+"""(key, value) -> (since, until) where only some releases take the value."""
+
 _IN_CONFIG = "generator.cuda_graph.config"
 _OVERRIDES = "generator.json_model_override_args"
 _TRIE = "generator.speculative_decoding.ngram.max_trie_depth"
@@ -139,7 +148,7 @@ ARGUMENTS: tuple[Argument, ...] = (
             "collect_tokens_histogram",
             "collect_tokens_histogram",
             until="0.5.17",
-            instead="nothing: since 0.5.17 the histograms are always on",
+            instead="leave it out: the histograms are always on",
         ),
         _arg("decode_log_interval", "decode_log_interval", "40"),
         _arg("mfu", "enable_mfu_metrics", "false", since="0.5.10"),
@@ -337,7 +346,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         _arg("decode_enable_radix_cache", "disaggregation_decode_enable_radix_cache", "false", since="0.5.17"),
         _arg("decode_enable_offload_kvcache", "disaggregation_decode_enable_offload_kvcache", "false"),
         *(
-            _arg(key, f"disaggregation_{key}", until=until, instead="nothing: the halves tell each other")
+            _arg(key, f"disaggregation_{key}", until=until, instead="leave it out: the halves tell each other")
             for key, until in (
                 ("prefill_pp", "0.5.10"),
                 ("decode_tp", "0.5.10"),
