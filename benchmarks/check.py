@@ -68,8 +68,3 @@ def check_outputs(
         max_greedy_gap=gap if greedy else None,
         num_argmax=num_argmax if greedy else None,
     )
-
-
-def num_equal(a: Sequence[Output], b: Sequence[Output]) -> int:
-    """How many completions are equal, token for token."""
-    return sum(x.token_ids == y.token_ids for x, y in zip(a, b, strict=True))

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
             result.ready = (tuned_ours if name == OURS else tuned_trl)(model, work, args, report)
         except Exception as exc:  # a side that can't run here is a row of the table, not the end of the run
             report.log(traceback.format_exc())
-            result.error = f"can't run: {type(exc).__name__}: {str(exc).splitlines()[0][:160]}"
+            result.error = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
         results.append(result)
     running = [result for result in results if result.ready is not None]
     gradients = compare_gradients(running, work, args, report)

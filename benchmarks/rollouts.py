@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks import machine
-from benchmarks.check import Agreement, check_outputs
+from benchmarks.check import Agreement, WrongOutput, check_outputs
 from benchmarks.limits import Ceilings, RolloutLimit, measure_ceilings, rollout_limit
 from benchmarks.measure import Timing, median_cpu_s, median_wall_s, others_frac, take_turns, time_once
 from benchmarks.models import SHAPES, build_model, twin_on_same_weights
@@ -48,6 +49,7 @@ class Result:
 
     engine: str
     sampler: Sampler | None = None
+    setting: str = ""
     error: str = ""
     agreement: dict[str, Agreement] = field(default_factory=dict)
     timings: dict[str, list[Timing]] = field(default_factory=dict)
@@ -101,28 +103,21 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed
     ).requires_grad_(False)
 
-    results = []
-    for engine in args.engines:
-        result = Result(engine=engine)
-        try:
-            result.sampler = tuned(engine, model, requests, args, report)
-            check(result, model, requests, args.modes, report)
-        except Exception as exc:  # one engine that can't run here is a row of the table, not the end of the run
-            report.log(traceback.format_exc())
-            result = Result(engine=engine, error=f"can't run: {type(exc).__name__}: {str(exc).splitlines()[0][:160]}")
-        results.append(result)
-    running = [result for result in results if result.sampler is not None]
+    results = [Result(engine=engine) for engine in args.engines]
+    for result in results:
+        with failure_is_a_row(result, report):
+            result.sampler = tuned(result.engine, model, requests, args, report)
+            result.setting = result.sampler.name
     for mode in args.modes:
-        for result in running:
-            result.ready.prepare(greedy=MODES[mode])
-            warm_up(result.ready, requests, mode)
-        actions = {result.engine: partial(run, result.ready, requests, mode) for result in running}
+        for result in running(results):
+            with failure_is_a_row(result, report):
+                check(result, model, requests, mode, report)
+        actions = {result.engine: partial(run, result.ready, requests, mode) for result in running(results)}
         timings = take_turns(actions, repetitions=args.repetitions, device=args.device, log=report.log)
-        for result in running:
+        for result in running(results):
             result.timings[mode] = timings[result.engine]
-    for result in running:
+    for result in running(results):
         result.ready.close()
-
     write(report, results, args, requests, ceilings, limit)
     return results
 
@@ -169,17 +164,33 @@ def run(sampler: Sampler, requests: Sequence[Request], mode: str) -> list[Output
     return sampler.run(requests, greedy=MODES[mode])
 
 
-def check(
-    result: Result, model: PreTrainedModel, requests: Sequence[Request], modes: Sequence[str], report: Report
-) -> None:
-    """Runs the whole workload in each mode, which warms the engine up as well; checks the first few completions."""
-    for mode in modes:
-        outputs = run(result.ready, requests, mode)
-        agreement = check_outputs(model, requests[:NUM_CHECKED], outputs[:NUM_CHECKED], greedy=MODES[mode])
-        wrong = [i for i, r in enumerate(requests) if len(outputs[i].token_ids) != r.max_new_tokens]
-        assert not wrong, f"{result.engine}: requests {wrong} have another length than was asked for"
-        report.log(f"check, {result.ready.name}, {mode}: {agreement}")
-        result.agreement[mode] = agreement
+def check(result: Result, model: PreTrainedModel, requests: Sequence[Request], mode: str, report: Report) -> None:
+    """Runs the whole workload, which warms the engine up as well; compares the first few completions."""
+    result.ready.prepare(greedy=MODES[mode])
+    outputs = run(result.ready, requests, mode)
+    agreement = check_outputs(model, requests[:NUM_CHECKED], outputs[:NUM_CHECKED], greedy=MODES[mode])
+    wrong = [i for i, r in enumerate(requests) if len(outputs[i].token_ids) != r.max_new_tokens]
+    if wrong:
+        raise WrongOutput(f"requests {wrong} have another length than was asked for")
+    report.log(f"check, {result.ready.name}, {mode}: {agreement}")
+    result.agreement[mode] = agreement
+
+
+def running(results: Sequence[Result]) -> list[Result]:
+    return [result for result in results if result.sampler is not None]
+
+
+@contextmanager
+def failure_is_a_row(result: Result, report: Report) -> Iterator[None]:
+    """An engine that can't run here, or is wrong, is a row of the table and in the log, not the end of the run."""
+    try:
+        yield
+    except Exception as exc:
+        report.log(traceback.format_exc())
+        if result.sampler is not None:
+            result.sampler.close()
+        result.sampler = None
+        result.error = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
 
 
 def write(
@@ -218,7 +229,7 @@ def write(
             rows.append(
                 [
                     result.engine,
-                    result.ready.name,
+                    result.setting,
                     rate(tokens, median),
                     rate(tokens, max(walls)),
                     rate(tokens, min(walls)),
