@@ -16,6 +16,8 @@ import torch
 from skyrl_train.data.balance import Answer, Bin, Limit, spread
 from skyrl_train.types import TrainBatch, TrainingSample, TrajectoryId
 
+Index = np.ndarray[tuple[int], np.dtype[np.int64]]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MicroBatch:
@@ -68,108 +70,129 @@ def pack(
     Raises ValueError: nothing to train on, a loss token at position 0, or a sample over the limit.
     """
     limit = Limit.of(max_tokens_per_micro_batch, micro_batch_size)
-    spans = [_loss_span(sample) for sample in samples]
-    num_loss_tokens = sum(span.num_loss_tokens for span in spans)
-    if num_loss_tokens == 0:
-        raise ValueError(f"none of {len(samples)} samples has a loss token: there is nothing to train on")
-
-    families: dict[tuple[str, bytes], int] = {}
-    answers: list[Answer] = []
-    for i, (sample, span) in enumerate(zip(samples, spans, strict=True)):
-        if not span.num_loss_tokens:
-            continue
-        shared = sample.num_prompt_tokens if share_prefix else 0
-        if shared == 0:
-            answers.append(Answer(sample=i, family=-1 - i, num_shared=0, num_own=span.num_rows))
-            continue
-        key = (sample.trajectory_id.prompt_id, sample.token_ids[:shared].numpy().tobytes())
-        family = families.setdefault(key, len(families))
-        own = max(span.num_rows - shared, 0)
-        answers.append(Answer(sample=i, family=family, num_shared=shared, num_own=own))
+    if not samples:
+        raise ValueError("there are no samples to train on")
+    flat = _Flat(samples)
+    answers = _answers(samples, flat, share_prefix)
     for answer in answers:
         if not limit.allows(answer.num_shared + answer.num_own, 1):
             raise ValueError(
                 f"sample {samples[answer.sample].trajectory_id} needs {answer.num_shared + answer.num_own} rows, a "
                 f"micro-batch holds {max_tokens_per_micro_batch}; raise max_tokens_per_micro_batch"
             )
-    filler = samples[0].token_ids[:1]
     return TrainBatch(
         micro_batches=tuple(
-            tuple(_build(samples, spans, b) if b else _empty(filler) for b in rank)
+            tuple(_build(samples, flat, b) if b else _empty(samples[0].token_ids[:1]) for b in rank)
             for rank in spread(answers, limit, dp_size)
         ),
-        num_loss_tokens=num_loss_tokens,
+        num_loss_tokens=len(flat.loss_at),
         num_samples=len(samples),
     )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _LossSpan:
-    """Where a sample's loss tokens are (`positions` [n]), and the rows that predicting them takes."""
+class _Flat:
+    """All samples one after the other: sample i is [offsets[i], offsets[i + 1]), its loss tokens are
+    loss_at[loss_bounds[i] : loss_bounds[i + 1]], and predicting them takes its first num_rows[i] tokens."""
 
-    positions: np.ndarray[tuple[int], np.dtype[np.int64]]
-    num_rows: int
+    def __init__(self, samples: Sequence[TrainingSample]) -> None:
+        self.token_ids = torch.cat([sample.token_ids for sample in samples])
+        self.rollout_logprobs = torch.cat([sample.rollout_logprobs for sample in samples])
+        self.advantages = torch.cat([sample.advantages for sample in samples])
+        loss_mask = torch.cat([sample.loss_mask for sample in samples]).numpy()
+        self.offsets = _bounds([len(sample.token_ids) for sample in samples])
+        self.loss_at = np.flatnonzero(loss_mask)
+        self.loss_bounds = np.searchsorted(self.loss_at, self.offsets)
+        self.num_loss_tokens = np.diff(self.loss_bounds)
+        if len(self.loss_at) == 0:
+            raise ValueError(f"none of {len(samples)} samples has a loss token: there is nothing to train on")
+        trained = np.flatnonzero(self.num_loss_tokens)
+        first = self.loss_at[self.loss_bounds[trained]] == self.offsets[trained]
+        if first.any():
+            name = samples[trained[first.argmax()]].trajectory_id
+            raise ValueError(f"sample {name}: token 0 is a loss token, but nothing predicts it")
+        self.num_rows = np.zeros(len(samples), dtype=np.int64)
+        self.num_rows[trained] = self.loss_at[self.loss_bounds[trained + 1] - 1] - self.offsets[trained]
 
-    @property
-    def num_loss_tokens(self) -> int:
-        return len(self.positions)
+
+def _answers(samples: Sequence[TrainingSample], flat: _Flat, share_prefix: bool) -> list[Answer]:
+    """Samples with loss tokens. A family: one prompt_id and equal leading tokens."""
+    tokens = flat.token_ids.numpy()
+    families: dict[tuple[str, bytes], int] = {}
+    answers = []
+    for i, (sample, start, num_rows) in enumerate(
+        zip(samples, flat.offsets.tolist(), flat.num_rows.tolist(), strict=False)  # offsets has one more
+    ):
+        if num_rows == 0:
+            continue
+        shared = sample.num_prompt_tokens if share_prefix else 0
+        family = -1 - i
+        if shared:
+            key = (sample.trajectory_id.prompt_id, tokens[start : start + shared].tobytes())
+            family = families.setdefault(key, len(families))
+        answers.append(Answer(sample=i, family=family, num_shared=shared, num_own=max(num_rows - shared, 0)))
+    return answers
 
 
-def _loss_span(sample: TrainingSample) -> _LossSpan:
-    positions = np.flatnonzero(sample.loss_mask.numpy())
-    if len(positions) and positions[0] == 0:
-        raise ValueError(f"sample {sample.trajectory_id}: token 0 is a loss token, but nothing predicts it")
-    return _LossSpan(positions=positions, num_rows=int(positions[-1]) if len(positions) else 0)
-
-
-def _build(samples: Sequence[TrainingSample], spans: Sequence[_LossSpan], micro_batch: Bin) -> MicroBatch:
+def _build(samples: Sequence[TrainingSample], flat: _Flat, micro_batch: Bin) -> MicroBatch:
     """Lay the families out one after the other: [shared prompt] [answer] [answer] ..."""
-    token_ids: list[np.ndarray] = []
-    positions: list[np.ndarray] = []
-    kv_rows: list[np.ndarray] = []
-    q_lens: list[int] = []
-    predict_rows: list[np.ndarray] = []
+    # A segment is tokens [start, start + length) of a sample, after the num_before rows from row before.
+    sample_of: list[int] = []
+    start_at: list[int] = []
+    lengths: list[int] = []
+    before: list[int] = []
+    num_before: list[int] = []
+    # A sample's token i is computed in row prompt_row + i if i < num_shared, else in row own_row + i - num_shared.
     order: list[int] = []
+    prompt_row: list[int] = []
+    own_row: list[int] = []
+    num_shared: list[int] = []
+    num_rows = flat.num_rows.tolist()
     row = 0
-
-    def segment(sample: TrainingSample, start: int, end: int, ancestors: np.ndarray) -> None:
-        nonlocal row
-        token_ids.append(sample.token_ids[start:end].numpy())
-        positions.append(np.arange(start, end))
-        kv_rows.append(np.concatenate([ancestors, np.arange(row, row + end - start)]))
-        q_lens.append(end - start)
-        row += end - start
-
     for family in micro_batch.families():
-        first = samples[family[0].sample]
         # A lone sample is one segment: two would compute the same with one more call.
         shared = family[0].num_shared if len(family) > 1 else 0
-        start = row
-        if shared:
-            segment(first, 0, shared, np.arange(0))
-        for answer in family:
-            sample, span = samples[answer.sample], spans[answer.sample]
-            own = row
-            end = max(span.num_rows, 0)
-            if end > shared:
-                segment(sample, shared, end, np.arange(start, start + shared))
-            predictor = span.positions - 1
-            predict_rows.append(np.where(predictor < shared, start + predictor, own + predictor - shared))
-            order.append(answer.sample)
+        first_row = row
+        segments = [(family[0].sample, 0, shared)] if shared else []
+        segments += [(answer.sample, shared, num_rows[answer.sample]) for answer in family]
+        for i, (sample, start, end) in enumerate(segments):
+            if not shared or i > 0:
+                order.append(sample)
+                prompt_row.append(first_row)
+                own_row.append(row)
+                num_shared.append(shared)
+            if end > start:
+                sample_of.append(sample)
+                start_at.append(start)
+                lengths.append(end - start)
+                before.append(first_row)
+                num_before.append(start)
+                row += end - start
 
-    counts = [spans[i].num_loss_tokens for i in order]
-    masks = [torch.from_numpy(spans[i].positions) for i in order]
+    lens, ancestors = np.array(lengths), np.array(num_before)
+    cu_seqlens_q = _bounds(lens)
+    own_and_before = np.stack([ancestors, lens], axis=1)
+    kv_starts = np.stack([np.array(before), cu_seqlens_q[:-1]], axis=1)
+    tokens = _ranges(flat.offsets[sample_of] + start_at, lens)
+    counts = flat.num_loss_tokens[order]
+    targets = flat.loss_at[_ranges(flat.loss_bounds[order], counts)]
+    predictor = targets - np.repeat(flat.offsets[order], counts) - 1
+    predict_rows = np.where(
+        predictor < np.repeat(num_shared, counts),
+        np.repeat(prompt_row, counts) + predictor,
+        np.repeat(np.array(own_row) - num_shared, counts) + predictor,
+    )
+    at = torch.from_numpy(targets)
     return MicroBatch(
-        token_ids=torch.from_numpy(np.concatenate(token_ids)),
-        position_ids=torch.from_numpy(np.concatenate(positions)),
-        cu_seqlens_q=_cumulative(q_lens),
-        kv_rows=torch.from_numpy(np.concatenate(kv_rows)),
-        cu_seqlens_k=_cumulative([len(rows) for rows in kv_rows]),
-        predict_rows=torch.from_numpy(np.concatenate(predict_rows)),
-        target_ids=torch.cat([samples[i].token_ids[at] for i, at in zip(order, masks, strict=True)]),
+        token_ids=flat.token_ids[torch.from_numpy(tokens)],
+        position_ids=torch.from_numpy(_ranges(np.array(start_at), lens)),
+        cu_seqlens_q=torch.from_numpy(cu_seqlens_q),
+        kv_rows=torch.from_numpy(_ranges(kv_starts.reshape(-1), own_and_before.reshape(-1))),
+        cu_seqlens_k=torch.from_numpy(_bounds(lens + ancestors)),
+        predict_rows=torch.from_numpy(predict_rows),
+        target_ids=flat.token_ids[at],
         sample_index=torch.from_numpy(np.repeat(np.arange(len(order)), counts)),
-        rollout_logprobs=torch.cat([samples[i].rollout_logprobs[at] for i, at in zip(order, masks, strict=True)]),
-        advantages=torch.cat([samples[i].advantages[at] for i, at in zip(order, masks, strict=True)]),
+        rollout_logprobs=flat.rollout_logprobs[at],
+        advantages=flat.advantages[at],
         trajectory_ids=tuple(samples[i].trajectory_id for i in order),
     )
 
@@ -192,5 +215,14 @@ def _empty(filler: torch.Tensor) -> MicroBatch:
     )
 
 
-def _cumulative(lengths: Sequence[int]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
+def _bounds(lengths: Sequence[int] | Index) -> Index:
+    """[2, 0, 3] -> [0, 2, 2, 5]."""
+    bounds = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=bounds[1:])
+    return bounds
+
+
+def _ranges(starts: Index, lengths: Index) -> Index:
+    """starts [7, 1], lengths [2, 3] -> [7, 8, 1, 2, 3]."""
+    bounds = _bounds(lengths)
+    return np.repeat(starts - bounds[:-1], lengths) + np.arange(bounds[-1])

@@ -24,8 +24,10 @@ from skyrl_train.data.pack import MicroBatch
 
 Index = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-MAX_SHARED_QUERIES = 32
-"""Siblings share a block up to this many rows: below it a call costs more than the masked corners."""
+MIN_SHARED_QUERIES = 32
+MIN_SHARED_FRAC = 1 / 16
+"""Siblings share a block up to this many rows, or this part of their ancestors': below it a call, or gathering the
+ancestors again, costs more than the masked corners."""
 CALL_COST = 16
 """Rows and columns that a block's fixed cost is worth when sizes are compared for batching."""
 MAX_PADDED_FRAC = 1.5
@@ -44,6 +46,11 @@ class Block:
     def num_ancestors(self) -> int:
         return len(self.keys) - len(self.queries)
 
+    @property
+    def is_plain(self) -> bool:
+        """One sequence from its start: causal attention without a mask, padded or not."""
+        return len(self.segment_lens) == 1 and self.num_ancestors == 0
+
 
 @dataclass(eq=False)
 class Batch:
@@ -52,8 +59,8 @@ class Batch:
     blocks: list[Block]
     num_queries: int
     num_keys: int
-    query_rows: torch.Tensor  # [b * q], padding repeats row 0
-    key_rows: torch.Tensor  # [b * k], padding repeats row 0
+    query_rows: Index  # [b * q], padding repeats row 0
+    key_rows: Index  # [b * k], padding repeats row 0
     masks: dict[tuple[int | None, torch.dtype], torch.Tensor | None] = field(default_factory=dict)
 
     @property
@@ -66,7 +73,7 @@ class BlockAttention:
 
     def __init__(self, micro_batch: MicroBatch, *, device: torch.device) -> None:
         self._device = device
-        self._batches = [_pad(blocks, device) for blocks in _batch(_blocks(micro_batch))]
+        self._batches = [_pad(blocks) for blocks in _batch(_blocks(micro_batch))]
         # Where each row's output lies in the concatenated, padded outputs of all batches.
         slots = np.empty(len(micro_batch.token_ids), dtype=np.int64)
         offset = 0
@@ -76,6 +83,10 @@ class BlockAttention:
                 slots[block.queries] = np.arange(at, at + len(block.queries))
             offset += len(batch.blocks) * batch.num_queries
         self._slots = torch.from_numpy(slots).to(device)
+        self._query_rows = torch.from_numpy(np.concatenate([b.query_rows for b in self._batches])).to(device)
+        self._key_rows = torch.from_numpy(np.concatenate([b.key_rows for b in self._batches])).to(device)
+        self._query_sizes = [len(b.query_rows) for b in self._batches]
+        self._key_sizes = [len(b.key_rows) for b in self._batches]
 
     def attend(
         self,
@@ -88,13 +99,17 @@ class BlockAttention:
         sliding_window: int | None,
     ) -> torch.Tensor:
         outs = []
-        for batch in self._batches:
+        # One gather for all batches: its gradient is one scatter, not one per batch.
+        queries = torch.split(query.index_select(0, self._query_rows), self._query_sizes)
+        keys = torch.split(key.index_select(0, self._key_rows), self._key_sizes)
+        values = torch.split(value.index_select(0, self._key_rows), self._key_sizes)
+        for batch, q, k, v in zip(self._batches, queries, keys, values, strict=True):
             window = sliding_window if sliding_window is not None and sliding_window < batch.max_distance else None
             mask = self._mask(batch, window, query.dtype)
             out = F.scaled_dot_product_attention(
-                _take(query, batch.query_rows, batch.num_queries),
-                _take(key, batch.key_rows, batch.num_keys),
-                _take(value, batch.key_rows, batch.num_keys),
+                q.view(-1, batch.num_queries, *q.shape[1:]).transpose(1, 2),
+                k.view(-1, batch.num_keys, *k.shape[1:]).transpose(1, 2),
+                v.view(-1, batch.num_keys, *v.shape[1:]).transpose(1, 2),
                 attn_mask=mask,
                 is_causal=mask is None,
                 scale=scaling,
@@ -106,14 +121,9 @@ class BlockAttention:
     def _mask(self, batch: Batch, window: int | None, dtype: torch.dtype) -> torch.Tensor | None:
         """[b, 1, q, k], 0 where a query may look and -inf elsewhere; None is causal."""
         if (window, dtype) not in batch.masks:
-            plain = window is None and all(len(b.segment_lens) == 1 and not b.num_ancestors for b in batch.blocks)
+            plain = window is None and batch.blocks[0].is_plain
             batch.masks[window, dtype] = None if plain else _make_mask(batch, window).to(self._device, dtype)
         return batch.masks[window, dtype]
-
-
-def _take(rows: torch.Tensor, index: torch.Tensor, length: int) -> torch.Tensor:
-    """[T, H, D] at [b * length] -> [b, H, length, D]."""
-    return rows.index_select(0, index).view(-1, length, *rows.shape[1:]).transpose(1, 2)
 
 
 def _blocks(micro_batch: MicroBatch) -> list[Block]:
@@ -130,7 +140,8 @@ def _blocks(micro_batch: MicroBatch) -> list[Block]:
             continue
         key = ancestors.tobytes()
         _, members = open_blocks.setdefault(key, (ancestors, []))
-        if members and sum(e - b for b, e in members) + end - start > MAX_SHARED_QUERIES:
+        room = max(MIN_SHARED_QUERIES, int(MIN_SHARED_FRAC * len(ancestors)))
+        if members and sum(e - b for b, e in members) + end - start > room:
             closed.append(open_blocks.pop(key))
             open_blocks[key] = (ancestors, members := [])
         members.append((start, end))
@@ -149,13 +160,17 @@ def _blocks(micro_batch: MicroBatch) -> list[Block]:
 
 
 def _batch(blocks: Sequence[Block]) -> list[list[Block]]:
-    """Neighbours in size share a batch while padding them to its largest costs little more than they do."""
+    """Neighbours in size share a batch while padding them to its largest costs little more than they do.
+
+    Plain blocks stay among themselves: they need no mask.
+    """
     batches: list[list[Block]] = []
     top = (0, 0)
-    for block in sorted(blocks, key=lambda b: (-len(b.keys), -len(b.queries), int(b.queries[0]))):
+    for block in sorted(blocks, key=lambda b: (b.is_plain, -len(b.keys), -len(b.queries), int(b.queries[0]))):
         size = (len(block.queries) + CALL_COST, len(block.keys) + CALL_COST)
         wide = max(top[0], size[0])
-        if batches and wide * top[1] <= MAX_PADDED_FRAC * size[0] * size[1]:
+        alike = batches and batches[-1][0].is_plain == block.is_plain
+        if alike and wide * top[1] <= MAX_PADDED_FRAC * size[0] * size[1]:
             batches[-1].append(block)
             top = (wide, top[1])
         else:
@@ -164,7 +179,7 @@ def _batch(blocks: Sequence[Block]) -> list[list[Block]]:
     return batches
 
 
-def _pad(blocks: list[Block], device: torch.device) -> Batch:
+def _pad(blocks: list[Block]) -> Batch:
     num_queries = max(len(b.queries) for b in blocks)
     num_keys = max(len(b.keys) for b in blocks)
     query_rows = np.zeros((len(blocks), num_queries), dtype=np.int64)
@@ -176,8 +191,8 @@ def _pad(blocks: list[Block], device: torch.device) -> Batch:
         blocks=blocks,
         num_queries=num_queries,
         num_keys=num_keys,
-        query_rows=torch.from_numpy(query_rows.reshape(-1)).to(device),
-        key_rows=torch.from_numpy(key_rows.reshape(-1)).to(device),
+        query_rows=query_rows.reshape(-1),
+        key_rows=key_rows.reshape(-1),
     )
 
 
