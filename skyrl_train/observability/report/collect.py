@@ -199,7 +199,7 @@ def _facts(tree: Mapping[str, Any]) -> dict[str, str]:
         "model": "trainer.policy.model.path",
         "engine": "generator.backend",
         "algorithm": "trainer.algorithm.advantage_estimator",
-        "environment": "environment.name",
+        "environment": "environment.env_class",
         "seed": "trainer.seed",
     }
     return {name: str(flat[key]) for name, key in wanted.items() if flat.get(key) is not None}

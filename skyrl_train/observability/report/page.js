@@ -44,7 +44,7 @@ function tiles() {
     h("div", { class: "label" }, name), value instanceof Node ? value : h("div", { class: "value" }, value), h("div", { class: "sub" }, sub || "\u00a0")));
   if (accuracy) {
     const gain = 100 * (accuracy.last - accuracy.first);
-    const value = h("div", { class: `value ${gain < 0 ? "fell" : ""}` }, h("span", { class: "from" }, `${show.percent(accuracy.first)} \u2192 `),
+    const value = h("div", { class: `value ${gain < 0 ? "fell" : gain > 0 ? "rose" : ""}` }, h("span", { class: "from" }, `${show.percent(accuracy.first)} \u2192 `),
       h("span", { class: "to" }, show.percent(accuracy.last)));
     tile("Held-out accuracy", value, `${gain < 0 ? "" : "+"}${minus(gain.toFixed(1))} points, best ${show.percent(accuracy.best)}`, "hero");
   }
