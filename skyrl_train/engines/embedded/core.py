@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 
 from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
-from skyrl_train.engines.embedded.backends import make_backend
+from skyrl_train.engines.embedded.backends import make_backend, native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.runner import ModelRunner, probe_layers
-from skyrl_train.engines.embedded.sampler import sample
+from skyrl_train.engines.embedded.sampler import Sampler
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.stops import completed_stop
 from skyrl_train.engines.embedded.uniforms import derived_seed
@@ -79,7 +79,9 @@ class EngineCore:
         self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
         self.scheduler = Scheduler(config, self._seats, pool)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
-        backend = make_backend(config.attention_backend, device, layers)
+        native = native_or_warn(device)
+        backend = make_backend(config.attention_backend, device, layers, native)
+        self._sampler = Sampler(native)
         self._runner = ModelRunner(model, backend, pool, self._seats, max_rows)
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0
@@ -153,7 +155,7 @@ class EngineCore:
         if not len(plan.sample_seats):
             return []
         with torch.inference_mode():
-            tokens, logprobs = sample(logits, self._seats, plan.sample_seats)
+            tokens, logprobs = self._sampler.sample(logits, self._seats, plan.sample_seats)
         return self._commit(plan.sample_seats, tokens, logprobs)
 
     def _commit(
@@ -173,15 +175,18 @@ class EngineCore:
         if not strings and not done.any():
             return []
         finished = []
-        for seat, token, by_id, by_length in zip(chosen, tokens, stopped, done, strict=True):
+        if strings:
+            done |= np.isin(chosen, list(strings))
+        for row in np.nonzero(done)[0]:
+            seat, token = int(chosen[row]), int(tokens[row])
             state = seats.owners[seat]
             assert state is not None
-            if by_id:
-                asked = int(token) in state.request.sampling.stop_token_ids
-                finished.append(self._finish(state, "stop", int(token) if asked else None))
+            if stopped[row]:
+                asked = token in state.request.sampling.stop_token_ids
+                finished.append(self._finish(state, "stop", token if asked else None))
             elif seat in strings:
                 finished.append(self._finish(state, "stop", strings[seat]))
-            elif by_length:
+            else:
                 finished.append(self._finish(state, "length", None))
         return finished
 

@@ -9,7 +9,6 @@ import torch
 
 from skyrl_train.engines.embedded.attention import PagedBatch
 from skyrl_train.engines.embedded.config import KVShape
-from skyrl_train.engines.embedded.native.build import load_native
 
 LANES = 16
 MAX_QUERIES = 64
@@ -41,12 +40,12 @@ class _Layer(ctypes.Structure):
 
 
 class CpuAttention:
-    """Raises NativeUnavailable at construction where the kernel can't be built."""
+    """`native` is the library of native.build."""
 
     name = "cpu"
 
-    def __init__(self) -> None:
-        self._kernel = load_native().paged_attention
+    def __init__(self, native: ctypes.CDLL) -> None:
+        self._kernel = native.paged_attention
         self._kernel.restype = None
         self._kernel.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
         self._batch: PagedBatch | None = None

@@ -51,13 +51,13 @@ class RadixCache:
         self._num_nodes = 0
         self._heap: list[tuple[int, int, Node]] = []
 
-    def match(self, tokens: Tokens) -> tuple[Node, Slots]:
-        """The deepest node on the path of `tokens`, and the slots of the prefix that it ends.
+    def match(self, tokens: Tokens, below: Node | None = None) -> tuple[Node, Slots]:
+        """The deepest node on the path of `tokens` (from the root or `below`), and the slots of what matched.
 
         A node that matches in part is split, so the prefix always ends at a node. Lock it before anything is
         allocated: allocation may evict what nobody holds.
         """
-        node, parts, done = self.root, [], 0
+        node, parts, done = below or self.root, [], 0
         while done < len(tokens):
             child = node.children.get(int(tokens[done]))
             if child is None:
@@ -68,6 +68,8 @@ class RadixCache:
             parts.append(child.slots)
             done += common
             node = child
+        if len(parts) == 1:
+            return node, parts[0]
         return node, np.concatenate(parts) if parts else _EMPTY
 
     def extend(self, node: Node, tokens: Tokens, slots: Slots) -> Node:
@@ -81,15 +83,14 @@ class RadixCache:
         self._touch(child)
         return child
 
-    def insert(self, tokens: Tokens, slots: Slots, owned_from: int) -> None:
-        """Add a sequence; takes over slots[owned_from:] and frees those whose tokens the tree already has.
+    def insert(self, below: Node, tokens: Tokens, slots: Slots) -> None:
+        """Add what follows the prefix that ends at `below`; takes over the slots.
 
-        slots[:owned_from] are the tree's own already.
+        Slots of tokens that the tree has already are freed.
         """
-        node, matched = self.match(tokens)
+        node, matched = self.match(tokens, below)
         done = len(matched)
-        assert done >= owned_from, (done, owned_from)
-        self._pool.free(slots[owned_from:done])
+        self._pool.free(slots[:done])
         if done < len(tokens):
             self.extend(node, tokens[done:], slots[done:])
         else:

@@ -62,7 +62,8 @@ class Seats:
     """State of running requests, one row a seat, as arrays so that a step touches all of them at once.
 
     S seats, C positions. `length` counts known tokens, `computed` those whose keys and values are in the pool
-    once the step being planned has run. A decoding request has computed == length - 1.
+    once the step being planned has run, `allocated` those that have a slot. A decoding request has
+    computed == length - 1 between steps, and some slots in advance.
     """
 
     def __init__(self, num_seats: int, context_len: int, eos_ids: Sequence[int]) -> None:
@@ -72,6 +73,7 @@ class Seats:
         self.slots = np.zeros((num_seats, context_len), dtype=np.int32)
         self.length = np.zeros(num_seats, dtype=np.int32)
         self.computed = np.zeros(num_seats, dtype=np.int32)
+        self.allocated = np.zeros(num_seats, dtype=np.int32)
         self.prompt_len = np.zeros(num_seats, dtype=np.int32)
         self.min_len = np.zeros(num_seats, dtype=np.int32)
         self.max_len = np.zeros(num_seats, dtype=np.int32)

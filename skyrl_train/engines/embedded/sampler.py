@@ -13,6 +13,9 @@ Shapes: n rows, V words.
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -23,33 +26,91 @@ from skyrl_train.engines.embedded.stops import NO_ID
 from skyrl_train.engines.embedded.uniforms import uniforms
 
 Indices = npt.NDArray[np.intp]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Picked = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
+Pick = Callable[[torch.Tensor, torch.Tensor, Floats, Doubles], Picked]
+
+LANES = 16
+"""Of native/vector.h: the scratch rows are padded to it."""
 
 
-def sample(
-    logits: torch.Tensor, seats: Seats, chosen: Indices
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Next tokens [n] and their log-probabilities [n] for the rows of the seats `chosen` [n]; logits [n, V]."""
-    table = seats.sampling
-    raw = logits.float()
-    temperature = torch.from_numpy(table.temperature[chosen])
-    greedy = temperature == 0
-    divisor = torch.where(greedy, 1.0, temperature)[:, None]
-    adjusted = raw
-    if table.penalises[chosen].any():
-        adjusted = penalised(adjusted, seats, chosen)
-    banned = banned_ids(seats, chosen)
-    if banned is not None:
-        adjusted = adjusted.clone() if adjusted is raw else adjusted
-        adjusted[banned] = -torch.inf
-    scaled = adjusted / divisor
-    if table.truncates[chosen].any():
-        scaled = truncated(scaled, table, chosen)
-    index = seats.length[chosen] - seats.prompt_len[chosen]
-    tokens = inverse_cdf(scaled, torch.from_numpy(uniforms(table.key[chosen], index)))
-    if greedy.any():
-        tokens = torch.where(greedy, adjusted.argmax(-1), tokens)
-    logprobs = (raw / divisor).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+class Sampler:
+    """`pick` is native where the C kernels can be built; both give the same tokens up to rounding."""
+
+    def __init__(self, native: ctypes.CDLL | None) -> None:
+        self._pick: Pick = pick if native is None else NativePick(native)
+
+    def sample(
+        self, logits: torch.Tensor, seats: Seats, chosen: Indices
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Next tokens [n] and their log-probabilities [n] for the rows of the seats `chosen` [n]; logits [n, V].
+
+        Raises FloatingPointError where the model's logits are not finite.
+        """
+        table = seats.sampling
+        raw = logits.float()
+        draw = raw
+        temperature = table.temperature[chosen]
+        if table.penalises[chosen].any():
+            draw = penalised(draw, seats, chosen)
+        banned = banned_ids(seats, chosen)
+        if banned is not None:
+            draw = draw.clone() if draw is raw else draw
+            draw[banned] = -torch.inf
+        if table.truncates[chosen].any():
+            draw = truncated(draw, table, chosen)
+        index = seats.length[chosen] - seats.prompt_len[chosen]
+        tokens, logprobs = self._pick(draw, raw, temperature, uniforms(table.key[chosen], index))
+        if not np.isfinite(logprobs).all():
+            bad = seats.owners[chosen[np.nonzero(~np.isfinite(logprobs))[0][0]]]
+            name = bad.request.request_id if bad is not None else "?"
+            raise FloatingPointError(f"the model's logits for request {name} are not finite")
+        return tokens, logprobs
+
+
+def pick(draw: torch.Tensor, score: torch.Tensor, temperature: Floats, uniform: Doubles) -> Picked:
+    """Tokens from softmax(draw / temperature), scored under softmax(score / temperature); 0 is greedy."""
+    greedy = torch.from_numpy(temperature == 0)
+    divisor = torch.from_numpy(np.where(temperature == 0, np.float32(1), temperature))[:, None]
+    tokens = inverse_cdf(draw / divisor, torch.from_numpy(uniform))
+    tokens = torch.where(greedy, draw.argmax(-1), tokens)
+    logprobs = (score / divisor).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return tokens.numpy(), logprobs.numpy()
+
+
+class NativePick:
+    """`pick` in C: native/sampling.c."""
+
+    def __init__(self, native: ctypes.CDLL) -> None:
+        pointer, int32, int64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+        self._kernel = native.sample_rows
+        self._kernel.restype = None
+        self._kernel.argtypes = (pointer, int64, pointer, int64, int32, int32, *(pointer,) * 5, int32)
+
+    def __call__(self, draw: torch.Tensor, score: torch.Tensor, temperature: Floats, uniform: Doubles) -> Picked:
+        num_rows, vocab = draw.shape
+        draw, score = (x if x.stride(1) == 1 else x.contiguous() for x in (draw, score))
+        temperature, uniform = np.ascontiguousarray(temperature), np.ascontiguousarray(uniform)
+        tokens = np.empty(num_rows, dtype=np.int64)
+        logprobs = np.empty(num_rows, dtype=np.float32)
+        num_threads = torch.get_num_threads()
+        scratch = torch.empty((num_threads, vocab + LANES), dtype=torch.float32)
+        self._kernel(
+            draw.data_ptr(),
+            draw.stride(0),
+            score.data_ptr(),
+            score.stride(0),
+            num_rows,
+            vocab,
+            temperature.ctypes.data,
+            uniform.ctypes.data,
+            tokens.ctypes.data,
+            logprobs.ctypes.data,
+            scratch.data_ptr(),
+            num_threads,
+        )
+        return tokens, logprobs
 
 
 def banned_ids(seats: Seats, chosen: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -96,28 +157,28 @@ def penalised(logits: torch.Tensor, seats: Seats, chosen: Indices) -> torch.Tens
     return result
 
 
-def truncated(scaled: torch.Tensor, table: SamplingTable, chosen: Indices) -> torch.Tensor:
+def truncated(logits: torch.Tensor, table: SamplingTable, chosen: Indices) -> torch.Tensor:
     """-inf where top-k, then top-p, then min-p drop a token. At least the most likely one stays.
 
-    top-p keeps the smallest set of most likely tokens whose probability reaches p; min-p drops what is less likely
-    than min_p times the most likely. Equal logits rank by token id.
+    All three look at softmax(logits / temperature). top-p keeps the smallest set of most likely tokens whose
+    probability reaches p; min-p drops what is less likely than min_p times the most likely. Equal logits rank by id.
     """
-    rows = np.nonzero(table.truncates[chosen])[0]
+    rows = np.nonzero(table.truncates[chosen] & (table.temperature[chosen] > 0))[0]
     chosen = chosen[rows]
-    part = scaled[rows]
+    part = logits[rows]
     vocab = part.shape[-1]
+    temperature = torch.from_numpy(table.temperature[chosen].astype(np.float64))[:, None]
     top_k = torch.from_numpy(table.top_k[chosen].astype(np.int64))[:, None]
     top_p = torch.from_numpy(table.top_p[chosen].astype(np.float64))[:, None]
     min_p = torch.from_numpy(table.min_p[chosen].astype(np.float64))[:, None]
     ordered, order = part.sort(dim=-1, descending=True, stable=True)
-    weights = (ordered - ordered[:, :1]).double().exp()
+    weights = ((ordered - ordered[:, :1]).double() / temperature).exp()
     keep = (top_k == 0) | (torch.arange(vocab)[None] < top_k)
     weights = weights * keep
     mass_before = weights.cumsum(-1) - weights
     keep &= (top_p >= 1) | (mass_before < top_p * weights.sum(-1, keepdim=True))
     keep &= weights >= min_p
     keep[:, 0] = True
-    ordered = torch.where(keep, ordered, -torch.inf)
-    result = scaled.clone()
-    result[torch.from_numpy(rows)] = torch.empty_like(part).scatter_(-1, order, ordered)
+    result = logits.clone()
+    result[torch.from_numpy(rows)] = torch.empty_like(part).scatter_(-1, order, torch.where(keep, ordered, -torch.inf))
     return result

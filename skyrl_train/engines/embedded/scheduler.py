@@ -33,6 +33,9 @@ Indices = npt.NDArray[np.intp]
 LOOKAHEAD_TOKENS = 32
 """A request is admitted only if the running ones could each grow by so many tokens (or to their end)."""
 
+GROWTH_SLOTS = 16
+"""A decoding request takes so many slots at once while there are free ones: neighbours in memory, and less to do."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chunk:
@@ -70,7 +73,8 @@ class Scheduler:
         self.cache = RadixCache(pool)
         self._fresh = WaitingQueue()
         self._retracted = WaitingQueue()
-        self._decoding: Indices = np.empty(0, dtype=np.intp)
+        self._decoding: dict[int, RequestState] = {}
+        self._decode_seats: Indices | None = None
         self._prefilling: list[RequestState] = []
         self.num_prompt_tokens_total = 0
         self.num_cached_tokens_total = 0
@@ -130,21 +134,21 @@ class Scheduler:
     def release(self, state: RequestState, *, retract: bool = False) -> None:
         """Take a running request off its seat; what it computed goes to the cache."""
         seats, seat = self.seats, state.seat
-        computed = int(seats.computed[seat])
-        allocated = self._num_allocated(state)
-        slots = seats.slots[seat, :allocated]
-        if self._config.enable_prefix_caching:
-            self.pool.free(slots[computed:])
-            self.cache.insert(seats.tokens[seat, :computed], slots[:computed], state.num_owned_from)
+        computed, allocated = int(seats.computed[seat]), int(seats.allocated[seat])
+        slots, begin, node = seats.slots[seat], state.num_owned_from, state.node
+        assert node is not None
+        if not self._config.enable_prefix_caching:
+            self.pool.free(slots[begin:allocated])
         else:
-            self.pool.free(slots[state.num_owned_from :])
-        if state.node is not None:
-            self.cache.unlock(state.node)
-            state.node = None
+            self.pool.free(slots[computed:allocated])
+            if begin < computed:
+                self.cache.insert(node, seats.tokens[seat, begin:computed], slots[begin:computed])
+            self.cache.unlock(node)
+        state.node = None
         seats.leave(state)
-        if state in self._prefilling:
+        if self._decoding.pop(seat, None) is None:
             self._prefilling.remove(state)
-        self._decoding = self._decoding[self._decoding != seat]
+        self._decode_seats = None
         if retract:
             self.num_retractions_total += 1
             self.enqueue(state)
@@ -161,17 +165,21 @@ class Scheduler:
 
         Without `admit_new` only what has begun goes on, retracted requests included.
         """
-        self._grow_decoding()
-        decode_seats = self._decoding
+        decode_seats = self._grow_decoding()
         budget = self._config.max_num_batched_tokens - len(decode_seats)
         chunks: list[Chunk] = []
         for state in list(self._prefilling):
             if budget > 0:
                 budget -= self._add_chunk(state, budget, chunks)
+        reserve = self._growth_reserve()
         while budget > 0 and self.seats.num_free:
             head = self._next_waiting(admit_new)
-            if head is None or not self._admit(head, policy_version, budget, is_first=not chunks):
+            if head is None:
                 break
+            growth = self._growth(head) if reserve or chunks else 0
+            if not self._admit(head, policy_version, reserve + growth, budget, is_first=not chunks):
+                break
+            reserve += self._growth(head)
             budget -= self._add_chunk(head, budget, chunks)
         if not chunks and not len(decode_seats):
             assert self._next_waiting(admit_new) is None, "requests wait, none runs, and none can start"
@@ -185,23 +193,55 @@ class Scheduler:
             else decode_seats,
         )
 
-    def _grow_decoding(self) -> None:
-        """One slot for each decoding request; retracts until they fit."""
-        while len(self._decoding) > self.num_available:
-            self.release(max(self.running(), key=RequestState.sort_key), retract=True)
-        seats, decoding = self.seats, self._decoding
-        if len(decoding):
-            position = seats.computed[decoding]
-            seats.slots[decoding, position] = self._allocate(len(decoding))
-            seats.computed[decoding] = position + 1
+    def _grow_decoding(self) -> Indices:
+        """A slot for the next token of each decoding request, retracting until they fit; their seats."""
+        seats = self.seats
+        while True:
+            decoding = self._current_decode_seats()
+            growing = decoding[seats.computed[decoding] == seats.allocated[decoding]]
+            if len(growing) <= self.num_available:
+                break
+            if not self._free_spares():
+                self.release(max(self.running(), key=RequestState.sort_key), retract=True)
+        if len(growing):
+            self._give_slots(growing)
+        seats.computed[decoding] += 1
+        return decoding
+
+    def _give_slots(self, growing: Indices) -> None:
+        """One more slot for each of these seats, or a run of them while the pool has plenty."""
+        seats = self.seats
+        start = seats.allocated[growing]
+        most = GROWTH_SLOTS if len(growing) * GROWTH_SLOTS <= self.pool.num_free else 1
+        count = np.minimum(most, seats.max_len[growing] - start)
+        total = int(count.sum())
+        run_start = np.cumsum(count) - count
+        position = np.repeat(start - run_start, count) + np.arange(total)
+        seats.slots[np.repeat(growing, count), position] = self._allocate(total)
+        seats.allocated[growing] = start + count
+
+    def _free_spares(self) -> bool:
+        """Take back slots that decoding requests hold in advance; False if there are none."""
+        seats, decoding = self.seats, self._current_decode_seats()
+        spare = decoding[seats.allocated[decoding] > seats.computed[decoding]]
+        for seat in spare:
+            self.pool.free(seats.slots[seat, seats.computed[seat] : seats.allocated[seat]])
+        seats.allocated[spare] = seats.computed[spare]
+        return len(spare) > 0
+
+    def _current_decode_seats(self) -> Indices:
+        """Seats of decoding requests, in the order in which they began to decode."""
+        if self._decode_seats is None:
+            self._decode_seats = np.fromiter(self._decoding, dtype=np.intp, count=len(self._decoding))
+        return self._decode_seats
 
     def _next_waiting(self, admit_new: bool) -> RequestState | None:
         """The queue's head, without taking it."""
         heads = [self._retracted.head(), self._fresh.head() if admit_new else None]
         return min((head for head in heads if head is not None), key=RequestState.sort_key, default=None)
 
-    def _admit(self, state: RequestState, policy_version: int, budget: int, *, is_first: bool) -> bool:
-        """Seat the queue's head if its tokens fit beside what runs; gives it the slots of all its tokens."""
+    def _admit(self, state: RequestState, policy_version: int, reserve: int, budget: int, *, is_first: bool) -> bool:
+        """Seat the queue's head if its tokens and the reserve fit; gives it the slots of all its tokens."""
         tokens = state.tokens
         node, matched = self.cache.root, tokens[:0]
         if self._config.enable_prefix_caching:
@@ -210,7 +250,7 @@ class Scheduler:
         self.cache.lock(node)
         needed = len(tokens) - len(matched)
         must_wait = not self._config.chunked_prefill and needed > budget and not is_first
-        if must_wait or needed + self._growth_reserve(state) > self.num_available:
+        if must_wait or needed + reserve > self.num_available:
             self.cache.unlock(node)
             return False
         self.dequeue(state)
@@ -219,6 +259,7 @@ class Scheduler:
         state.shares_prompt = self._config.enable_prefix_caching
         seat = self.seats.take(state, matched)
         self.seats.slots[seat, len(matched) : len(tokens)] = self._allocate(needed)
+        self.seats.allocated[seat] = len(tokens)
         if not state.was_started:
             state.num_cached_tokens = len(matched)
             self.num_prompt_tokens_total += len(tokens)
@@ -228,15 +269,15 @@ class Scheduler:
         self._prefilling.append(state)
         return True
 
-    def _growth_reserve(self, candidate: RequestState) -> int:
-        """Slots that running requests and the candidate will want soon. None if it would run alone."""
-        if not self.num_running:
-            return 0
-        seats, decoding = self.seats, self._decoding
-        left = seats.max_len[decoding] - seats.length[decoding]
-        own = candidate.num_prompt_tokens + candidate.request.sampling.max_new_tokens - len(candidate.tokens)
-        growing = int(np.minimum(left, LOOKAHEAD_TOKENS).sum()) + LOOKAHEAD_TOKENS * len(self._prefilling)
-        return growing + min(own, LOOKAHEAD_TOKENS)
+    def _growth_reserve(self) -> int:
+        """Slots that the running requests will want soon; 0 if none runs."""
+        seats, decoding = self.seats, self._current_decode_seats()
+        left = seats.max_len[decoding] - seats.allocated[decoding]
+        return int(np.minimum(left, LOOKAHEAD_TOKENS).sum()) + sum(self._growth(state) for state in self._prefilling)
+
+    def _growth(self, state: RequestState) -> int:
+        wanted = state.num_prompt_tokens + state.request.sampling.max_new_tokens - len(state.tokens)
+        return min(wanted, LOOKAHEAD_TOKENS)
 
     def _add_chunk(self, state: RequestState, budget: int, chunks: list[Chunk]) -> int:
         """Plan the next rows of a prefilling request; returns how many."""
@@ -248,7 +289,8 @@ class Scheduler:
         self._share(state, end)
         if end == length:
             self._prefilling.remove(state)
-            self._decoding = np.append(self._decoding, np.intp(seat))
+            self._decoding[seat] = state
+            self._decode_seats = None
         return end - start
 
     def _share(self, state: RequestState, end: int) -> None:
@@ -271,11 +313,6 @@ class Scheduler:
             self.cache.evict(count - self.pool.num_free)
         return self.pool.allocate(count)
 
-    def _num_allocated(self, state: RequestState) -> int:
-        """A prefilling request holds slots for all its tokens, a decoding one for those computed."""
-        seat = state.seat
-        return int(self.seats.length[seat] if state in self._prefilling else self.seats.computed[seat])
-
     # -- after a step, and in tests
 
     def check_integrity(self) -> None:
@@ -285,10 +322,11 @@ class Scheduler:
         owned = [self.pool.free_slots(), *(node.slots for node in self.cache.nodes())]
         held = 0
         for state in self.running():
-            seat, allocated = state.seat, self._num_allocated(state)
+            seat, allocated = state.seat, int(seats.allocated[state.seat])
             assert seats.owners[seat] is state
             assert (seat in self._decoding) != (state in self._prefilling), "decoding and prefilling exclude each other"
             assert seats.computed[seat] <= seats.length[seat] <= seats.max_len[seat]
+            assert seats.computed[seat] <= allocated <= seats.max_len[seat]
             own_slots = seats.slots[seat, state.num_owned_from : allocated]
             owned.append(own_slots)
             node, at = state.node, state.num_owned_from

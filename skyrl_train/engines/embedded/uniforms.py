@@ -14,6 +14,7 @@ UInt64s = npt.NDArray[np.uint64]
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MUL_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MUL_2 = np.uint64(0x94D049BB133111EB)
+_MASK = 0xFFFF_FFFF_FFFF_FFFF
 _SEED_SALT = np.uint64(0x5851F42D4C957F2D)
 
 
@@ -26,8 +27,7 @@ def mix64(x: UInt64s) -> UInt64s:
 
 def key_of_seed(seed: int) -> int:
     """What `uniforms` takes for a seed; any int, negative ones too."""
-    word = np.array([seed & 0xFFFF_FFFF_FFFF_FFFF], dtype=np.uint64)
-    return int(mix64(word ^ _SEED_SALT)[0])
+    return _mix64_int((seed & _MASK) ^ int(_SEED_SALT))
 
 
 def uniforms(keys: UInt64s, counters: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
@@ -39,5 +39,11 @@ def uniforms(keys: UInt64s, counters: npt.NDArray[np.integer]) -> npt.NDArray[np
 
 def derived_seed(seed: int, index: int) -> int:
     """The `index`-th seed of a sequence that starts from `seed`."""
-    words = np.array([key_of_seed(seed)], dtype=np.uint64) ^ mix64(np.array([index], dtype=np.uint64) * _GOLDEN)
-    return int(mix64(words)[0])
+    return _mix64_int(key_of_seed(seed) ^ _mix64_int((index * int(_GOLDEN)) & _MASK))
+
+
+def _mix64_int(x: int) -> int:
+    """`mix64` of one word; Python's integers are much faster here than an array of one."""
+    x = ((x ^ (x >> 30)) * int(_MUL_1)) & _MASK
+    x = ((x ^ (x >> 27)) * int(_MUL_2)) & _MASK
+    return x ^ (x >> 31)

@@ -6,6 +6,7 @@ import torch
 
 from skyrl_train.engines.embedded.attention import PagedBatch
 from skyrl_train.engines.embedded.cpu_attention import CpuAttention
+from skyrl_train.engines.embedded.native.build import load_native
 from skyrl_train.engines.embedded.reference_attention import ReferenceAttention
 
 SHAPES = [(4, 4, 16), (4, 2, 32), (8, 1, 64), (6, 2, 80), (2, 2, 128), (32, 2, 48)]
@@ -47,7 +48,7 @@ def test_the_c_kernel_agrees_with_the_reference(
     query = torch.randn(num_heads, rows, dim).transpose(0, 1) * 3
     key, value = (torch.randn(rows, 3 * num_kv_heads, dim)[:, :num_kv_heads] for _ in range(2))
     expected = ReferenceAttention().attend(batch, *expected_pools, query, key, value, 0.3, window)
-    found = CpuAttention().attend(batch, *pools, query, key, value, 0.3, window)
+    found = CpuAttention(load_native()).attend(batch, *pools, query, key, value, 0.3, window)
     assert torch.allclose(found, expected, atol=2e-5, rtol=1e-5)
     assert torch.equal(pools[0], expected_pools[0]) and torch.equal(pools[1], expected_pools[1])
 
@@ -58,7 +59,7 @@ def test_uninitialised_slots_never_reach_a_result() -> None:
     known = batch.slot_table[0, :10].long()  # the second request's history
     for pool in pools:
         pool[known] = torch.randn(10, 2, 16)
-    out = CpuAttention().attend(
+    out = CpuAttention(load_native()).attend(
         batch, *pools, torch.randn(4, 4, 16), torch.randn(4, 2, 16), torch.randn(4, 2, 16), 0.25, None
     )
     assert torch.isfinite(out).all()

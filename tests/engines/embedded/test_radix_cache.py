@@ -24,7 +24,7 @@ def put(cache: RadixCache, pool: KVPool, ids: np.ndarray) -> np.ndarray:
     """Insert a sequence as a finished request would: what is cached already is reused."""
     _, matched = cache.match(ids)
     slots = np.concatenate((matched, pool.allocate(len(ids) - len(matched))))
-    cache.insert(ids, slots, owned_from=len(matched))
+    cache.insert(cache.match(ids[: len(matched)])[0], ids[len(matched) :], slots[len(matched) :])
     cache.check_integrity()
     return slots
 
@@ -61,7 +61,7 @@ def test_inserting_what_is_cached_frees_the_duplicate_slots() -> None:
     cache = RadixCache(pool)
     put(cache, pool, tokens(1, 2, 3))
     free = pool.num_free
-    cache.insert(tokens(1, 2, 3), pool.allocate(3), owned_from=0)
+    cache.insert(cache.root, tokens(1, 2, 3), pool.allocate(3))
     assert pool.num_free == free
 
 

@@ -11,6 +11,7 @@
 #define MAX_QUERIES 64 /* query vectors of a task: rows x heads of a group */
 #define MAX_DIM 256
 #define MASKED -1e30f
+#define PREFETCH 8 /* keys ahead */
 
 typedef struct {
     /* the step */
@@ -37,6 +38,53 @@ typedef struct {
 } Layer;
 
 INLINE int least(int a, int b) { return a < b ? a : b; }
+
+/* Dot products of `some` (1, 2 or 4) query vectors from m on with n keys; four at a time share one reduction. */
+INLINE void scores(const float *q, float *score, int m, const int some, const float *keys, const float *values,
+                   const int32_t *slots, int n, int64_t slot_size, const int dim, int is_first) {
+    const int together = 4 / some;
+    for (int s = 0; s < n; s += together) {
+        const float *k[4];
+        for (int i = 0; i < together; i++) k[i] = keys + slots[least(s + i, n - 1)] * slot_size;
+        if (is_first)
+            for (int i = 0; i < together; i++) {
+                const float *next_key = keys + slots[least(s + i + PREFETCH, n - 1)] * slot_size;
+                const float *value = values + slots[least(s + i, n - 1)] * slot_size;
+                for (int d = 0; d < dim; d += LANES) {
+                    __builtin_prefetch(next_key + d);
+                    __builtin_prefetch(value + d);
+                }
+            }
+        vec dot[4];
+        for (int j = 0; j < 4; j++) dot[j] = load(q + (m + j % some) * dim) * load(k[j / some]);
+        for (int d = LANES; d < dim; d += LANES)
+            for (int j = 0; j < 4; j++) dot[j] += load(q + (m + j % some) * dim + d) * load(k[j / some] + d);
+        vec4 sums = sum4(dot[0], dot[1], dot[2], dot[3]);
+        for (int j = 0; j < 4; j++)
+            if (s + j / some < n) score[(m + j % some) * KEY_BLOCK + s + j / some] = sums[j];
+    }
+}
+
+/* Add n values, weighted, to the sums of `some` query vectors: some x 64 numbers of a head stay in registers. */
+INLINE void weigh(float *acc, const float *score, int m, const int some, const float *values, const int32_t *slots,
+                  int n, int64_t slot_size, const int dim) {
+    const float *w = score + m * KEY_BLOCK;
+    for (int d0 = 0; d0 < dim; d0 += 4 * LANES) {
+        const int parts = least(4, (dim - d0) / LANES);
+        vec sum[4][4];
+        for (int j = 0; j < some; j++)
+            for (int i = 0; i < parts; i++) sum[j][i] = load(acc + (m + j) * dim + d0 + i * LANES);
+        for (int s = 0; s < n; s++) {
+            const float *v = values + slots[s] * slot_size + d0;
+            for (int i = 0; i < parts; i++) {
+                vec x = load(v + i * LANES);
+                for (int j = 0; j < some; j++) sum[j][i] += w[j * KEY_BLOCK + s] * x;
+            }
+        }
+        for (int j = 0; j < some; j++)
+            for (int i = 0; i < parts; i++) store(acc + (m + j) * dim + d0 + i * LANES, sum[j][i]);
+    }
+}
 
 /* One task; `dim` is a compile-time constant in the instances below, a multiple of LANES. */
 INLINE void attend_task(const Step *step, const Layer *layer, int task, int kv_head, const int dim) {
@@ -68,25 +116,12 @@ INLINE void attend_task(const Step *step, const Layer *layer, int task, int kv_h
     }
 
     for (int block = from; block <= last; block += KEY_BLOCK) {
-        const int n = least(KEY_BLOCK, last + 1 - block);
-        /* scores */
-        for (int s = 0; s < n; s++) {
-            const float *k = keys + slots[block + s] * slot_size;
-            if (s + 4 < n) {
-                const float *next = keys + slots[block + s + 4] * slot_size;
-                for (int d = 0; d < dim; d += LANES) __builtin_prefetch(next + d);
-            }
-            for (int m = 0; m < padded; m += 4) {
-                vec dot[4];
-                for (int j = 0; j < 4; j++) dot[j] = load(q + (m + j) * dim) * load(k);
-                for (int d = LANES; d < dim; d += LANES) {
-                    vec x = load(k + d);
-                    for (int j = 0; j < 4; j++) dot[j] += load(q + (m + j) * dim + d) * x;
-                }
-                vec4 sums = sum4(dot[0], dot[1], dot[2], dot[3]);
-                for (int j = 0; j < 4; j++) score[(m + j) * KEY_BLOCK + s] = sums[j];
-            }
-        }
+        const int n = least(KEY_BLOCK, last + 1 - block), lanes = (n + LANES - 1) & ~(LANES - 1);
+        int m = 0;
+        for (; m + 4 <= queries; m += 4) scores(q, score, m, 4, keys, values, slots + block, n, slot_size, dim, m == 0);
+        if (queries - m == 3) scores(q, score, m, 4, keys, values, slots + block, n, slot_size, dim, m == 0);
+        if (queries - m == 2) scores(q, score, m, 2, keys, values, slots + block, n, slot_size, dim, m == 0);
+        if (queries - m == 1) scores(q, score, m, 1, keys, values, slots + block, n, slot_size, dim, m == 0);
         /* running softmax */
         for (int m = 0; m < queries; m++) {
             const int position = first + m / group;
@@ -95,13 +130,13 @@ INLINE void attend_task(const Step *step, const Layer *layer, int task, int kv_h
             int begin = 0;
             if (layer->window > 0 && position - layer->window + 1 > block) begin = position - layer->window + 1 - block;
             for (int s = 0; s < least(begin, n); s++) row[s] = MASKED;
-            for (int s = until < 0 ? 0 : until; s < KEY_BLOCK; s++) row[s] = MASKED;
+            for (int s = until < 0 ? 0 : until; s < lanes; s++) row[s] = MASKED;
             vec high = load(row);
-            for (int s = LANES; s < KEY_BLOCK; s += LANES) high = vmax(high, load(row + s));
+            for (int s = LANES; s < lanes; s += LANES) high = vmax(high, load(row + s));
             float top = max1(high);
             if (top < maximum[m]) top = maximum[m];
             vec sum = splat(0);
-            for (int s = 0; s < KEY_BLOCK; s += LANES) {
+            for (int s = 0; s < lanes; s += LANES) {
                 vec w = vexp(load(row + s) - top);
                 store(row + s, w);
                 sum += w;
@@ -112,25 +147,10 @@ INLINE void attend_task(const Step *step, const Layer *layer, int task, int kv_h
             if (keep != 1.0f)
                 for (int d = 0; d < dim; d += LANES) store(acc + m * dim + d, load(acc + m * dim + d) * keep);
         }
-        /* weighted values: 4 query vectors x 64 numbers of the head stay in registers */
-        for (int m = 0; m < padded; m += 4) {
-            const float *w = score + m * KEY_BLOCK;
-            for (int d0 = 0; d0 < dim; d0 += 4 * LANES) {
-                const int parts = least(4, (dim - d0) / LANES);
-                vec sum[4][4];
-                for (int j = 0; j < 4; j++)
-                    for (int i = 0; i < parts; i++) sum[j][i] = load(acc + (m + j) * dim + d0 + i * LANES);
-                for (int s = 0; s < n; s++) {
-                    const float *v = values + slots[block + s] * slot_size + d0;
-                    for (int i = 0; i < parts; i++) {
-                        vec x = load(v + i * LANES);
-                        for (int j = 0; j < 4; j++) sum[j][i] += w[j * KEY_BLOCK + s] * x;
-                    }
-                }
-                for (int j = 0; j < 4; j++)
-                    for (int i = 0; i < parts; i++) store(acc + (m + j) * dim + d0 + i * LANES, sum[j][i]);
-            }
-        }
+        for (m = 0; m + 4 <= queries; m += 4) weigh(acc, score, m, 4, values, slots + block, n, slot_size, dim);
+        if (queries - m == 3) weigh(acc, score, m, 3, values, slots + block, n, slot_size, dim);
+        if (queries - m == 2) weigh(acc, score, m, 2, values, slots + block, n, slot_size, dim);
+        if (queries - m == 1) weigh(acc, score, m, 1, values, slots + block, n, slot_size, dim);
     }
     for (int m = 0; m < queries; m++) {
         float *target = layer->out + ((int64_t)(row0 + m / group) * step->num_heads + kv_head * group + m % group) * dim;

@@ -10,6 +10,7 @@ visible instead, so there is one pool of threads; two pools would fight for the 
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -20,17 +21,11 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c",)
+SOURCES = ("attention.c", "sampling.c")
 HEADERS = ("vector.h",)
 FLAGS = (
-    "-O3",
-    "-march=native",
-    "-fopenmp",
-    "-fPIC",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-std=gnu11",
-    "-Wno-psabi",
+    *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),
+    *("-fno-math-errno", "-fno-trapping-math"),
 )
 
 
@@ -38,9 +33,10 @@ class NativeUnavailable(Exception):
     """No native kernels on this machine; the message says why."""
 
 
+@functools.cache
 def load_native() -> ctypes.CDLL:
-    """The library. Raises NativeUnavailable."""
-    if not torch.backends.openmp.is_available():
+    """The library, built where necessary. Raises NativeUnavailable."""
+    if not torch.backends.openmp.is_available():  # type: ignore[no-untyped-call]
         raise NativeUnavailable("this PyTorch was built without OpenMP")
     library = _built_library()
     _expose_openmp()
