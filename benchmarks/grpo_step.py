@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import random
-import statistics
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +22,8 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import machine
 from benchmarks.check import WrongOutput
-from benchmarks.grpo.base import GrpoSide, Rollout, StepTiming
+from benchmarks.contest import OURS, Contestant, speedup
+from benchmarks.grpo.base import GrpoSide, Rollout
 from benchmarks.grpo.skyrl_side import SkyrlSide
 from benchmarks.grpo.work import StepWork
 from benchmarks.limits import Ceilings, measure_ceilings, rollout_limit, training_flops
@@ -35,23 +33,9 @@ from benchmarks.tune import fastest_setting, threads_to_try
 from benchmarks.workload import LengthRange, draw_tokens
 from skyrl_train.attention import ATTENTION_NAME
 
-OURS, TRL = "skyrl_train", "TRL"
+TRL = "TRL"
+STEP = "step"
 GRADIENT_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-
-
-@dataclass
-class Result:
-    """Of one side: its best setting, or why it has none."""
-
-    side: str
-    ready: GrpoSide | None = None
-    error: str = ""
-    timings: list[StepTiming] = field(default_factory=list)
-
-    @property
-    def ready_side(self) -> GrpoSide:
-        assert self.ready is not None, f"{self.side}: {self.error}"
-        return self.ready
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -82,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> list[Result]:
+def main(argv: Sequence[str] | None = None) -> list[Contestant[GrpoSide]]:
     args = parse_args(argv)
     transformers_logging.set_verbosity_error()
     shape = SHAPES[args.shape]
@@ -96,28 +80,23 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
     report.log(str(ceilings))
     model = build_model(shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed)
 
-    results = []
-    for name in args.sides:
-        result = Result(side=name)
-        try:
-            result.ready = (tuned_ours if name == OURS else tuned_trl)(model, work, args, report)
-        except Exception as exc:  # a side that can't run here is a row of the table, not the end of the run
-            report.log(traceback.format_exc())
-            result.error = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
-        results.append(result)
-    running = [result for result in results if result.ready is not None]
+    contestants = [Contestant[GrpoSide](name=name) for name in args.sides]
+    for contestant in contestants:
+        with contestant.may_fail(report):
+            contestant.enter((tuned_ours if contestant.name == OURS else tuned_trl)(model, work, args, report))
+    running = [contestant for contestant in contestants if contestant.runs]
     gradients = compare_gradients(running, work, args, report)
     for i in range(args.rounds):
-        for result in running:
-            torch.set_num_threads(result.ready_side.num_threads)
-            timings = result.ready_side.run(1 + args.steps)
+        for contestant in running:
+            torch.set_num_threads(contestant.runner.num_threads)
+            timings = contestant.runner.run(1 + args.steps)
             for timing in timings:
-                report.log(f"{result.side}, round {i}: {timing}")
-            result.timings += timings[1:]
-    for result in running:
-        result.ready_side.close()
-    write(report, results, args, work, ceilings, gradients)
-    return results
+                report.log(f"{contestant.name}, round {i}: {timing}")
+            contestant.timings.setdefault(STEP, []).extend(timings[1:])
+    for contestant in contestants:
+        contestant.leave()
+    write(report, contestants, args, work, ceilings, gradients)
+    return contestants
 
 
 def tuned_trl(model: PreTrainedModel, work: StepWork, args: argparse.Namespace, report: Report) -> GrpoSide:
@@ -153,7 +132,9 @@ def second_step_s(report: Report, side: GrpoSide) -> float:
     return timing.wall_s
 
 
-def compare_gradients(running: Sequence[Result], work: StepWork, args: argparse.Namespace, report: Report) -> str:
+def compare_gradients(
+    running: Sequence[Contestant[GrpoSide]], work: StepWork, args: argparse.Namespace, report: Report
+) -> str:
     """Both sides train on the same completions; raises WrongOutput unless loss and gradient norm agree."""
     rng = random.Random(work.seed)
     rollout = Rollout(
@@ -161,9 +142,9 @@ def compare_gradients(running: Sequence[Result], work: StepWork, args: argparse.
         completions=[draw_tokens(rng, length, work.vocab_size) for length in work.flat_lens],
     )
     gradients = {}
-    for result in running:
-        gradients[result.side] = gradient = result.ready_side.gradient(rollout)
-        report.log(f"gradient of given completions, {result.side}: {gradient}")
+    for contestant in running:
+        gradients[contestant.name] = gradient = contestant.runner.gradient(rollout)
+        report.log(f"gradient of given completions, {contestant.name}: {gradient}")
     text = "; ".join(f"{side} {g.loss:.6f}, {g.grad_norm:.6f}" for side, g in gradients.items())
     if len(gradients) == 2:
         ours, trl = gradients[OURS], gradients[TRL]
@@ -175,7 +156,7 @@ def compare_gradients(running: Sequence[Result], work: StepWork, args: argparse.
 
 def write(
     report: Report,
-    results: Sequence[Result],
+    contestants: Sequence[Contestant[GrpoSide]],
     args: argparse.Namespace,
     work: StepWork,
     ceilings: Ceilings,
@@ -196,38 +177,28 @@ def write(
             "loss and gradient norm on the same completions": gradients,
         }
     )
-    timed = [result for result in results if result.timings]
-    phases = list(dict.fromkeys(name for result in timed for name in result.timings[0].phases))
-    medians = {result.side: statistics.median(t.wall_s for t in result.timings) for result in timed}
-    rows = []
-    for result in results:
-        if result not in timed:
-            rows.append([result.side, result.error, *[""] * (6 + len(phases))])
-            continue
-        walls = [timing.wall_s for timing in result.timings]
-        others = max((t.others_frac for t in result.timings if t.others_frac is not None), default=None)
-        rows.append(
-            [
-                result.side,
-                result.ready_side.name,
-                f"{medians[result.side]:.3f}",
-                f"{min(walls):.3f}",
-                f"{max(walls):.3f}",
-                f"{medians[TRL] / medians[result.side]:.2f}" if TRL in medians else "",
-                *(_median_phase(result.timings, name) for name in phases),
-                f"{statistics.median(t.cpu_s for t in result.timings):.2f}",
-                "" if others is None else f"{others:.0%}",
-            ]
-        )
+    figures = {contestant.name: contestant.figures(STEP) for contestant in contestants}
+    phases = list(dict.fromkeys(name for f in figures.values() if f is not None for name in f.phases))
     report.text(f"## Seconds a step, median of {args.rounds * args.steps}")
-    head = ["side", "setting (the fastest tried)", "median", "min", "max", "times as fast as TRL", *phases]
-    report.table([*head, "processor s", "processors used by others, up to"], rows)
+    head = ["side", "setting (the fastest tried)", "median", "min", "max", "over TRL", *phases]
+    report.table(
+        [*head, "processor s", "processors used by others, up to"],
+        [
+            [contestant.name, contestant.error, *[""] * (6 + len(phases))]
+            if (f := figures[contestant.name]) is None
+            else [
+                contestant.name,
+                contestant.setting,
+                *(f"{seconds:.3f}" for seconds in (f.median_s, f.min_s, f.max_s)),
+                speedup(contestants, contestant, STEP),
+                *(f"{f.phases[name]:.3f}" if name in f.phases else "" for name in phases),
+                f"{f.cpu_s:.2f}",
+                f.others,
+            ]
+            for contestant in contestants
+        ],
+    )
     report.save()
-
-
-def _median_phase(timings: Sequence[StepTiming], name: str) -> str:
-    seconds = [timing.phases[name] for timing in timings if name in timing.phases]
-    return f"{statistics.median(seconds):.3f}" if seconds else ""
 
 
 def _ints(text: str) -> tuple[int, ...]:

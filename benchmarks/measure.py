@@ -5,55 +5,100 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from benchmarks.machine import LoadMeter, synchronize
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One run: by the clock, and in processor seconds of this process. `others_frac`: see LoadMeter."""
+    """One run: by the clock, and in processor seconds of this process. `others_frac`: see LoadMeter.
+
+    `phases` are seconds side by side that sum to `wall_s`, where the run was taken apart.
+    """
 
     wall_s: float
     cpu_s: float
     others_frac: float | None
+    phases: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        others = "" if self.others_frac is None else f", others used {self.others_frac:.0%} of the processors"
-        return f"{self.wall_s:.3f} s ({self.cpu_s:.2f} processor s{others})"
+        phases = "".join(f", {name} {seconds:.3f}" for name, seconds in self.phases.items())
+        others = "" if self.others_frac is None else f"; others used {self.others_frac:.0%} of the processors"
+        return f"{self.wall_s:.3f} s{phases} ({self.cpu_s:.2f} processor s{others})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """Of several runs: medians, and the extremes by the clock. `others_frac` is the largest."""
+
+    median_s: float
+    min_s: float
+    max_s: float
+    cpu_s: float
+    others_frac: float | None
+    phases: dict[str, float]
+
+    @property
+    def others(self) -> str:
+        return "" if self.others_frac is None else f"{self.others_frac:.0%}"
+
+
+def summarize(timings: Sequence[Timing]) -> Figures:
+    walls = [timing.wall_s for timing in timings]
+    return Figures(
+        median_s=statistics.median(walls),
+        min_s=min(walls),
+        max_s=max(walls),
+        cpu_s=statistics.median(timing.cpu_s for timing in timings),
+        others_frac=max((t.others_frac for t in timings if t.others_frac is not None), default=None),
+        phases={name: statistics.median(timing.phases[name] for timing in timings) for name in timings[0].phases},
+    )
+
+
+class PhaseClock:
+    """Times a step and its parts; on a GPU a part ends when its kernels have ended."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._phases: dict[str, float] = {}
+        self._restart()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        synchronize(self._device)
+        start = time.perf_counter()
+        yield
+        synchronize(self._device)
+        self._phases[name] = self._phases.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self, name: str) -> float:
+        return self._phases.get(name, 0.0)
+
+    def end_step(self, phases: Callable[[PhaseClock], dict[str, float]] | None = None) -> Timing:
+        """The step since the last call or the clock's making; `phases` recombines what was collected."""
+        synchronize(self._device)
+        wall_s = time.perf_counter() - self._wall
+        parts = dict(self._phases) if phases is None else phases(self)
+        timing = Timing(
+            wall_s=wall_s,
+            cpu_s=time.process_time() - self._cpu,
+            others_frac=self._meter.others_frac(),
+            phases={**parts, "rest": wall_s - sum(parts.values())} if parts else {},
+        )
+        self._restart()
+        return timing
+
+    def _restart(self) -> None:
+        self._phases.clear()
+        self._meter, self._wall, self._cpu = LoadMeter(), time.perf_counter(), time.process_time()
 
 
 def time_once(action: Callable[[], object], device: str) -> Timing:
     gc.collect()
     synchronize(device)
-    meter, wall, cpu = LoadMeter(), time.perf_counter(), time.process_time()
+    clock = PhaseClock(device)
     action()
-    synchronize(device)
-    return Timing(wall_s=time.perf_counter() - wall, cpu_s=time.process_time() - cpu, others_frac=meter.others_frac())
-
-
-def take_turns(
-    actions: Mapping[str, Callable[[], object]], *, repetitions: int, device: str, log: Callable[[str], None]
-) -> dict[str, list[Timing]]:
-    """Each action `repetitions` times, in turn."""
-    timings: dict[str, list[Timing]] = {name: [] for name in actions}
-    for i in range(repetitions):
-        for name, action in actions.items():
-            timing = time_once(action, device)
-            log(f"{name}, repetition {i}: {timing}")
-            timings[name].append(timing)
-    return timings
-
-
-def median_wall_s(timings: list[Timing]) -> float:
-    return statistics.median(timing.wall_s for timing in timings)
-
-
-def median_cpu_s(timings: list[Timing]) -> float:
-    return statistics.median(timing.cpu_s for timing in timings)
-
-
-def others_frac(timings: list[Timing]) -> float | None:
-    """The largest share of the processors that others used during these runs."""
-    return max((timing.others_frac for timing in timings if timing.others_frac is not None), default=None)
+    return clock.end_step()

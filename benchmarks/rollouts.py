@@ -10,10 +10,7 @@ model, then timed in turn with the others. README.md says what is counted.
 from __future__ import annotations
 
 import argparse
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import machine
 from benchmarks.check import Agreement, WrongOutput, check_outputs
+from benchmarks.contest import OURS, Contestant, speedup
 from benchmarks.limits import Ceilings, RolloutLimit, measure_ceilings, rollout_limit
-from benchmarks.measure import Timing, median_cpu_s, median_wall_s, others_frac, take_turns, time_once
+from benchmarks.measure import time_once
 from benchmarks.models import SHAPES, build_model, twin_on_same_weights
 from benchmarks.report import RESULTS, Report, rate
 from benchmarks.samplers.base import Sampler
@@ -36,28 +34,10 @@ from benchmarks.tune import fastest_setting, threads_to_try
 from benchmarks.workload import LengthRange, Output, Request, describe, draw_requests, num_new_tokens
 from skyrl_train.attention import ATTENTION_NAME
 
-OURS = "skyrl_train"
 ENGINES = ("generate", "generate_batch", OURS)
 CACHES = ("dynamic", "static", "compiled")
 MODES = {"sampled": False, "greedy": True}
 NUM_CHECKED = 8
-
-
-@dataclass
-class Result:
-    """Of one engine: its best setting, or why it has none."""
-
-    engine: str
-    sampler: Sampler | None = None
-    setting: str = ""
-    error: str = ""
-    agreement: dict[str, Agreement] = field(default_factory=dict)
-    timings: dict[str, list[Timing]] = field(default_factory=dict)
-
-    @property
-    def ready(self) -> Sampler:
-        assert self.sampler is not None, f"{self.engine}: {self.error}"
-        return self.sampler
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -85,7 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> list[Result]:
+def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
     args = parse_args(argv)
     transformers_logging.set_verbosity_error()
     shape = SHAPES[args.shape]
@@ -103,23 +83,26 @@ def main(argv: Sequence[str] | None = None) -> list[Result]:
         shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed
     ).requires_grad_(False)
 
-    results = [Result(engine=engine) for engine in args.engines]
-    for result in results:
-        with failure_is_a_row(result, report):
-            result.sampler = tuned(result.engine, model, requests, args, report)
-            result.setting = result.sampler.name
+    contestants = [Contestant[Sampler](name=name) for name in args.engines]
+    for contestant in contestants:
+        with contestant.may_fail(report):
+            contestant.enter(tuned(contestant.name, model, requests, args, report))
+    agreements: dict[str, dict[str, Agreement]] = {mode: {} for mode in args.modes}
     for mode in args.modes:
-        for result in running(results):
-            with failure_is_a_row(result, report):
-                check(result, model, requests, mode, report)
-        actions = {result.engine: partial(run, result.ready, requests, mode) for result in running(results)}
-        timings = take_turns(actions, repetitions=args.repetitions, device=args.device, log=report.log)
-        for result in running(results):
-            result.timings[mode] = timings[result.engine]
-    for result in running(results):
-        result.ready.close()
-    write(report, results, args, requests, ceilings, limit)
-    return results
+        for contestant in running(contestants):
+            with contestant.may_fail(report):
+                agreement = check(contestant.runner, model, requests, mode)
+                report.log(f"check, {contestant.setting}, {mode}: {agreement}")
+                agreements[mode][contestant.name] = agreement
+        for i in range(args.repetitions):
+            for contestant in running(contestants):
+                timing = time_once(partial(run, contestant.runner, requests, mode), args.device)
+                report.log(f"{contestant.name}, {mode}, repetition {i}: {timing}")
+                contestant.timings.setdefault(mode, []).append(timing)
+    for contestant in contestants:
+        contestant.leave()
+    write(report, contestants, args, requests, ceilings, limit, agreements)
+    return contestants
 
 
 def tuned(
@@ -164,44 +147,29 @@ def run(sampler: Sampler, requests: Sequence[Request], mode: str) -> list[Output
     return sampler.run(requests, greedy=MODES[mode])
 
 
-def check(result: Result, model: PreTrainedModel, requests: Sequence[Request], mode: str, report: Report) -> None:
+def check(sampler: Sampler, model: PreTrainedModel, requests: Sequence[Request], mode: str) -> Agreement:
     """Runs the whole workload, which warms the engine up as well; compares the first few completions."""
-    result.ready.prepare(greedy=MODES[mode])
-    outputs = run(result.ready, requests, mode)
-    agreement = check_outputs(model, requests[:NUM_CHECKED], outputs[:NUM_CHECKED], greedy=MODES[mode])
+    sampler.prepare(greedy=MODES[mode])
+    outputs = run(sampler, requests, mode)
     wrong = [i for i, r in enumerate(requests) if len(outputs[i].token_ids) != r.max_new_tokens]
     if wrong:
         raise WrongOutput(f"requests {wrong} have another length than was asked for")
-    report.log(f"check, {result.ready.name}, {mode}: {agreement}")
-    result.agreement[mode] = agreement
+    return check_outputs(model, requests[:NUM_CHECKED], outputs[:NUM_CHECKED], greedy=MODES[mode])
 
 
-def running(results: Sequence[Result]) -> list[Result]:
-    return [result for result in results if result.sampler is not None]
-
-
-@contextmanager
-def failure_is_a_row(result: Result, report: Report) -> Iterator[None]:
-    """An engine that can't run here, or is wrong, is a row of the table and in the log, not the end of the run."""
-    try:
-        yield
-    except Exception as exc:
-        report.log(traceback.format_exc())
-        if result.sampler is not None:
-            result.sampler.close()
-        result.sampler = None
-        result.error = f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}"
+def running(contestants: Sequence[Contestant[Sampler]]) -> list[Contestant[Sampler]]:
+    return [contestant for contestant in contestants if contestant.runs]
 
 
 def write(
     report: Report,
-    results: list[Result],
+    contestants: Sequence[Contestant[Sampler]],
     args: argparse.Namespace,
     requests: Sequence[Request],
     ceilings: Ceilings,
     limit: RolloutLimit,
+    agreements: Mapping[str, Mapping[str, Agreement]],
 ) -> None:
-    tokens = num_new_tokens(requests)
     dtype = str(args.dtype).removeprefix("torch.")
     report.facts(
         {
@@ -215,48 +183,38 @@ def write(
         }
     )
     for mode in args.modes:
-        timed = [result for result in results if mode in result.timings]
-        peers = [result for result in timed if result.engine != OURS]
-        best_peer = min((median_wall_s(result.timings[mode]) for result in peers), default=None)
-        rows = []
-        for result in results:
-            if result not in timed:
-                rows.append([result.engine, result.error, *[""] * 7])
-                continue
-            timings = result.timings[mode]
-            median, walls = median_wall_s(timings), [timing.wall_s for timing in timings]
-            others = others_frac(timings)
-            rows.append(
-                [
-                    result.engine,
-                    result.setting,
-                    rate(tokens, median),
-                    rate(tokens, max(walls)),
-                    rate(tokens, min(walls)),
-                    "" if best_peer is None else f"{best_peer / median:.2f}",
-                    f"{tokens / median / limit.tokens_per_s:.1%}",
-                    f"{median_cpu_s(timings):.1f}",
-                    "" if others is None else f"{others:.0%}",
-                ]
-            )
         report.text(f"## {mode.capitalize()}: new tokens per second")
+        head = ["engine", "setting (the fastest tried)", f"median of {args.repetitions}", "min", "max"]
         report.table(
-            (
-                "engine",
-                "setting (the fastest tried)",
-                f"median of {args.repetitions}",
-                "min",
-                "max",
-                "over the best peer",
-                "of the limit",
-                "processor s",
-                "processors used by others, up to",
-            ),
-            rows,
+            [*head, "over the best peer", "of the limit", "processor s", "processors used by others, up to"],
+            [_row(contestants, contestant, mode, num_new_tokens(requests), limit) for contestant in contestants],
         )
-        checked = [f"{result.engine}: {result.agreement[mode]}" for result in timed]
+        checked = [f"{name}: {agreement}" for name, agreement in agreements[mode].items()]
         report.text(f"Checked on {min(NUM_CHECKED, len(requests))} requests, {mode}. " + ". ".join(checked) + ".")
     report.save()
+
+
+def _row(
+    contestants: Sequence[Contestant[Sampler]],
+    contestant: Contestant[Sampler],
+    mode: str,
+    tokens: int,
+    limit: RolloutLimit,
+) -> list[str]:
+    figures = contestant.figures(mode)
+    if figures is None:
+        return [contestant.name, contestant.error, *[""] * 7]
+    return [
+        contestant.name,
+        contestant.setting,
+        rate(tokens, figures.median_s),
+        rate(tokens, figures.max_s),
+        rate(tokens, figures.min_s),
+        speedup(contestants, contestant, mode),
+        f"{limit.seconds / figures.median_s:.1%}",
+        f"{figures.cpu_s:.1f}",
+        figures.others,
+    ]
 
 
 def _ints(text: str) -> tuple[int, ...]:

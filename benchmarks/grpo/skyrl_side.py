@@ -8,8 +8,9 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.grpo.base import Gradient, PhaseClock, Rollout, StepTiming
+from benchmarks.grpo.base import Gradient, Rollout
 from benchmarks.grpo.work import EPS_CLIP, LEARNING_RATE, MAX_GRAD_NORM, StepWork, reward
+from benchmarks.measure import PhaseClock, Timing
 from skyrl_train.algorithms.advantages import grpo
 from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.algorithms.policy_losses import ppo_clip
@@ -69,7 +70,7 @@ class SkyrlSide:
         self._runner = asyncio.Runner()
         self._next_step = 0
 
-    def run(self, num_steps: int) -> list[StepTiming]:
+    def run(self, num_steps: int) -> list[Timing]:
         self._clock.end_step()
         timings = []
         for _ in range(num_steps):
@@ -77,12 +78,6 @@ class SkyrlSide:
             self._next_step += 1
             timings.append(self._clock.end_step(_split))
         return timings
-
-    def rollout(self) -> Rollout:
-        """The completions that the next step would train on."""
-        prompts = self._work.prompts(self._next_step)
-        turns = self._runner.run(self._generate(prompts, self._next_step))
-        return Rollout(prompts=prompts, completions=[turn.completion.token_ids for turn in turns])
 
     def gradient(self, rollout: Rollout) -> Gradient:
         """The rollout's own log-probabilities play no part: the policy is its own old policy."""

@@ -19,8 +19,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.grpo.base import Gradient, PhaseClock, Rollout, StepTiming
+from benchmarks.grpo.base import Gradient, Rollout
 from benchmarks.grpo.work import EPS_CLIP, LEARNING_RATE, MAX_GRAD_NORM, StepWork, reward
+from benchmarks.measure import PhaseClock, Timing
 from benchmarks.models import to_text
 
 Generation = Literal["dynamic", "static", "continuous"]
@@ -51,9 +52,9 @@ class TrlSide:
         self._micro_batch = micro_batch
         self._next_step = 0
 
-    def run(self, num_steps: int) -> list[StepTiming]:
+    def run(self, num_steps: int) -> list[Timing]:
         clock = PhaseClock(self._device)
-        timings: list[StepTiming] = []
+        timings: list[Timing] = []
         prompts = [self._work.prompts(self._next_step + i) for i in range(num_steps)]
         self._next_step += num_steps
         trainer = self._trainer(prompts, clock, fixed=None)
@@ -188,7 +189,7 @@ class _TimedTrainer(GRPOTrainer):
 
 
 class _StepEnds(TrainerCallback):
-    def __init__(self, clock: PhaseClock, timings: list[StepTiming]) -> None:
+    def __init__(self, clock: PhaseClock, timings: list[Timing]) -> None:
         self._clock = clock
         self._timings = timings
 
