@@ -34,6 +34,8 @@ class Contestant(Generic[R]):
     setting: str = ""
     error: str = ""
     timings: dict[str, list[Timing]] = field(default_factory=dict)
+    headline: dict[str, str] = field(default_factory=dict)
+    """Of each discipline, the one figure to quote."""
     _runner: R | None = None
 
     @property
@@ -67,10 +69,6 @@ class Contestant(Generic[R]):
     def figures(self, discipline: str) -> Figures | None:
         timings = self.timings.get(discipline)
         return summarize(timings) if timings else None
-
-    @property
-    def what_ran(self) -> str:
-        return self.error or self.setting
 
 
 def speedup(contestants: Sequence[Contestant[R]], contestant: Contestant[R], discipline: str) -> str:

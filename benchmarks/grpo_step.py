@@ -27,6 +27,7 @@ from benchmarks.grpo.base import GrpoSide, Rollout
 from benchmarks.grpo.skyrl_side import SkyrlSide
 from benchmarks.grpo.work import StepWork
 from benchmarks.limits import Ceilings, measure_ceilings, rollout_limit, training_flops
+from benchmarks.measure import profile_once, summarize
 from benchmarks.models import SHAPES, build_model, build_tokenizer, twin_on_same_weights
 from benchmarks.report import RESULTS, Report
 from benchmarks.tune import fastest_setting, threads_to_try
@@ -55,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trl-micro-batches", type=_ints, default=None, help="samples; default: all, and a quarter")
     parser.add_argument("--micro-batch-tokens", type=_ints, default=(2048, 8192), help="ours, to tune over")
     parser.add_argument("--sides", type=_words, default=(TRL, OURS))
+    parser.add_argument("--profile", action="store_true", help="one more step of each, by operator, in the log")
     parser.add_argument("--name", default=None, help="stem of the result files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -93,7 +95,11 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[GrpoSide]]:
             for timing in timings:
                 report.log(f"{contestant.name}, round {i}: {timing}")
             contestant.timings.setdefault(STEP, []).extend(timings[1:])
-    for contestant in contestants:
+    for contestant in running if args.profile else ():
+        text = profile_once(partial(contestant.runner.run, 1), args.device)
+        report.log(f"{contestant.name}, by operator:\n{text}")
+    for contestant in running:
+        contestant.headline[STEP] = f"{summarize(contestant.timings[STEP]).median_s:.3f} s a step"
         contestant.leave()
     write(report, contestants, args, work, ceilings, gradients)
     return contestants

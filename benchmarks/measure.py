@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from torch.profiler import ProfilerActivity, profile
+
 from benchmarks.machine import LoadMeter, synchronize
 
 
@@ -102,3 +104,13 @@ def time_once(action: Callable[[], object], device: str) -> Timing:
     clock = PhaseClock(device)
     action()
     return clock.end_step()
+
+
+def profile_once(action: Callable[[], object], device: str) -> str:
+    """Where one run spends its time, by operator. Threads that the action starts are not seen."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as profiler:
+        action()
+        synchronize(device)
+    by = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    return str(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))

@@ -23,7 +23,7 @@ from benchmarks import machine
 from benchmarks.check import Agreement, WrongOutput, check_outputs
 from benchmarks.contest import OURS, Contestant, speedup
 from benchmarks.limits import Ceilings, RolloutLimit, measure_ceilings, rollout_limit
-from benchmarks.measure import time_once
+from benchmarks.measure import profile_once, summarize, time_once
 from benchmarks.models import SHAPES, build_model, twin_on_same_weights
 from benchmarks.report import RESULTS, Report, rate
 from benchmarks.samplers.base import Sampler
@@ -56,6 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--generate-batches", type=_ints, default=(16, 32, 64), help="batch sizes to tune over")
     parser.add_argument("--generate-caches", type=_names(CACHES), default=("dynamic", "static"))
     parser.add_argument("--concurrent", type=_ints, default=(32, 64), help="generate_batch: running requests")
+    parser.add_argument("--profile", action="store_true", help="one more run of each, by operator, in the log")
     parser.add_argument("--name", default=None, help="stem of the result files; default: rollouts-SHAPE-REQUESTS")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
@@ -99,6 +100,13 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
                 timing = time_once(partial(run, contestant.runner, requests, mode), args.device)
                 report.log(f"{contestant.name}, {mode}, repetition {i}: {timing}")
                 contestant.timings.setdefault(mode, []).append(timing)
+        for contestant in running(contestants):
+            seconds = summarize(contestant.timings[mode]).median_s
+            speed = rate(num_new_tokens(requests), seconds)
+            contestant.headline[mode] = f"{speed} tokens/s, {limit.seconds / seconds:.1%} of the limit"
+    for contestant in running(contestants) if args.profile else ():
+        text = profile_once(partial(run, contestant.runner, requests, args.modes[-1]), args.device)
+        report.log(f"{contestant.name}, {args.modes[-1]}, by operator:\n{text}")
     for contestant in contestants:
         contestant.leave()
     write(report, contestants, args, requests, ceilings, limit, agreements)
