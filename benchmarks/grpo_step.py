@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[GrpoSide]]:
     title = f"One GRPO step: {args.prompts} prompts x {args.samples} samples, {args.shape}"
     report = Report(title, f"{args.name}-{machine.slug(args.device)}", args.out)
     report.log(str(work))
-    ceilings = measure_ceilings(shape, args.device, args.dtype)
+    ceilings = measure_ceilings(shape, args.device, args.dtype, threads=args.threads)
     report.log(str(ceilings))
     model = build_model(shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed)
 

@@ -10,7 +10,7 @@ The prompts' prefill is bound by its operations. Nothing is counted for sampling
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,18 +52,33 @@ class RolloutLimit:
     tokens_per_s: float
 
 
-def measure_ceilings(shape: ModelShape, device: str, dtype: torch.dtype) -> Ceilings:
-    """The copy has the size of the weights, so that a model which fits a processor's cache gets the cache's rate."""
+def measure_ceilings(
+    shape: ModelShape, device: str, dtype: torch.dtype, *, threads: Sequence[int] | None = None
+) -> Ceilings:
+    """The best over the thread counts `threads` (default: as torch is set).
+
+    The copy has the size of the weights, so that a model which fits a processor's cache gets the cache's rate.
+    """
     weights = shape.num_step_weights * dtype.itemsize
     copy_bytes = min(max(weights, 16 * MIB), 2048 * MIB)
     matmul_size = 8192 if device == "cuda" else 1024
     return Ceilings(
         copy_bytes=copy_bytes,
-        copy_bytes_per_s=copy_bytes_per_s(device, copy_bytes),
+        copy_bytes_per_s=_best(lambda: copy_bytes_per_s(device, copy_bytes), threads),
         matmul_size=matmul_size,
-        matmul_flops_per_s=matmul_flops_per_s(device, dtype, matmul_size),
+        matmul_flops_per_s=_best(lambda: matmul_flops_per_s(device, dtype, matmul_size), threads),
         dtype=dtype,
     )
+
+
+def _best(measure: Callable[[], float], threads: Sequence[int] | None) -> float:
+    before = torch.get_num_threads()
+    rates = []
+    for n in threads or (before,):
+        torch.set_num_threads(n)
+        rates.append(measure())
+    torch.set_num_threads(before)
+    return max(rates)
 
 
 def rollout_limit(shape: ModelShape, requests: Sequence[Request], ceilings: Ceilings) -> RolloutLimit:

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
         args.requests, prompt=args.prompt, new=args.new, vocab_size=shape.vocab_size, seed=args.seed
     )
     report.log(describe(requests))
-    ceilings = measure_ceilings(shape, args.device, args.dtype)
+    ceilings = measure_ceilings(shape, args.device, args.dtype, threads=args.threads)
     limit = rollout_limit(shape, requests, ceilings)
     report.log(f"{ceilings}; limit {limit.tokens_per_s:,.0f} tokens/s")
     model = build_model(
