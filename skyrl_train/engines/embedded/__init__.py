@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from skyrl_train.engines.embedded.config import EmbeddedConfig
-from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.engines.embedded.engine import EmbeddedEngine, StreamedTokens
 
-__all__ = ["EmbeddedConfig", "EmbeddedEngine"]
+__all__ = ["EmbeddedConfig", "EmbeddedEngine", "StreamedTokens"]

@@ -17,12 +17,10 @@ import numpy.typing as npt
 import torch
 
 from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
-from skyrl_train.engines.embedded.backends import make_backend, native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
-from skyrl_train.engines.embedded.runner import ModelRunner, probe_layers
-from skyrl_train.engines.embedded.sampler import Sampler
+from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.stops import completed_stop
 from skyrl_train.engines.embedded.uniforms import derived_seed
@@ -79,10 +77,8 @@ class EngineCore:
         self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
         self.scheduler = Scheduler(config, self._seats, pool)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
-        native = native_or_warn(device)
-        backend = make_backend(config.attention_backend, device, layers, native)
-        self._sampler = Sampler(native)
-        self._runner = ModelRunner(model, backend, pool, self._seats, max_rows)
+        self._runner = make_runner(model, config, layers, pool, self._seats, max_rows)
+        self._pending: PendingTokens | None = None
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0
         self._num_steps = 0
@@ -125,8 +121,9 @@ class EngineCore:
 
     def abort(self, request_ids: Sequence[str]) -> list[Finished]:
         """End these requests with what they have; ids that aren't here are ignored."""
+        settled = self._settle()
         states = [self._by_id[rid] for rid in dict.fromkeys(request_ids) if rid in self._by_id]
-        return [self._finish(state, "abort", None) for state in states]
+        return [*settled, *(self._finish(state, "abort", None) for state in states)]
 
     @property
     def has_work(self) -> bool:
@@ -147,16 +144,33 @@ class EngineCore:
         return finished
 
     def _compute(self) -> list[Finished]:
+        """Launch a step, then take in the tokens of the one before it, or of this one if the runner does not lag."""
+        finished = self._settle() if self._runner.must_settle() else []
+        before, self._pending = self._pending, None
         plan = self.scheduler.plan(self.policy_version, admit_new=self.pause_state == "running")
-        if plan is None:
-            return []
-        self._num_steps += 1
-        logits = self._runner.logits(plan)
-        if not len(plan.sample_seats):
-            return []
-        with torch.inference_mode():
-            tokens, logprobs = self._sampler.sample(logits, self._seats, plan.sample_seats)
-        return self._commit(plan.sample_seats, tokens, logprobs)
+        if plan is not None:
+            self._num_steps += 1
+            self._pending = self._runner.launch(plan)
+        if before is not None:
+            finished += self._take_in(before)
+        if not self._runner.lags:
+            finished += self._settle()
+        return finished
+
+    def _settle(self) -> list[Finished]:
+        """Wait for the tokens that are on their way; after this the host knows all there is."""
+        pending, self._pending = self._pending, None
+        return [] if pending is None else self._take_in(pending)
+
+    def _take_in(self, pending: PendingTokens) -> list[Finished]:
+        tokens, logprobs = pending.result()
+        chosen = pending.seats
+        # Whoever ended or was retracted since the launch has left the seat: the token is nobody's.
+        present = self._seats.tenancy[chosen] == pending.tenancy
+        if not present.all():
+            chosen, tokens, logprobs = chosen[present], tokens[present], logprobs[present]
+        self._seats.in_flight[chosen] -= 1
+        return self._commit(chosen, tokens, logprobs)
 
     def _commit(
         self, chosen: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]
@@ -227,10 +241,11 @@ class EngineCore:
 
         Requests that are queued and have not begun stay queued in every mode.
         """
+        finished = self._settle()
         self.pause_state = "draining" if mode == "wait" and self.scheduler.num_started else "paused"
-        if mode != "abort":
-            return []
-        return [self._finish(state, "abort", None) for state in self.scheduler.started()]
+        if mode == "abort":
+            finished += [self._finish(state, "abort", None) for state in self.scheduler.started()]
+        return finished
 
     def cancel_drain(self) -> None:
         """Whoever wanted the pause went away before it came."""

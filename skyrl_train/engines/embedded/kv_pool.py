@@ -19,7 +19,7 @@ Slots = npt.NDArray[np.int32]
 
 
 class KVPool:
-    """`keys[layer]` and `values[layer]` are [num_slots, Hkv, D]."""
+    """`keys[layer]` and `values[layer]` are [num_slots + 1, Hkv, D]; slot `num_slots` belongs to nobody."""
 
     def __init__(self, layers: dict[int, KVShape], num_slots: int, device: torch.device) -> None:
         self.num_slots = num_slots
@@ -31,7 +31,8 @@ class KVPool:
         self._num_free = num_slots
 
     def _empty(self, shape: KVShape, device: torch.device) -> torch.Tensor:
-        return torch.empty(self.num_slots, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
+        # One more than is handed out: padding rows of a fixed-size GPU step write there.
+        return torch.empty(self.num_slots + 1, shape.num_kv_heads, shape.head_dim, dtype=shape.dtype, device=device)
 
     @property
     def num_free(self) -> int:

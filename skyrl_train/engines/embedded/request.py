@@ -64,6 +64,10 @@ class Seats:
     S seats, C positions. `length` counts known tokens, `computed` those whose keys and values are in the pool
     once the step being planned has run, `allocated` those that have a slot. A decoding request has
     computed == length - 1 between steps, and some slots in advance.
+
+    A device that runs ahead of the host may have sampled a token that is not known here yet: `in_flight` is 1
+    then, and a decoding request has computed == length - 1 + in_flight. `tenancy` changes with a seat's occupant,
+    so that a late token is not given to the wrong one.
     """
 
     def __init__(self, num_seats: int, context_len: int, eos_ids: Sequence[int]) -> None:
@@ -74,6 +78,8 @@ class Seats:
         self.length = np.zeros(num_seats, dtype=np.int32)
         self.computed = np.zeros(num_seats, dtype=np.int32)
         self.allocated = np.zeros(num_seats, dtype=np.int32)
+        self.in_flight = np.zeros(num_seats, dtype=np.int32)
+        self.tenancy = np.zeros(num_seats, dtype=np.int64)
         self.prompt_len = np.zeros(num_seats, dtype=np.int32)
         self.min_len = np.zeros(num_seats, dtype=np.int32)
         self.max_len = np.zeros(num_seats, dtype=np.int32)
@@ -95,6 +101,8 @@ class Seats:
         self.slots[seat, : len(matched)] = matched
         self.length[seat] = n
         self.computed[seat] = len(matched)
+        self.in_flight[seat] = 0
+        self.tenancy[seat] += 1
         self.prompt_len[seat] = state.num_prompt_tokens
         self.min_len[seat] = state.num_prompt_tokens + sampling.min_new_tokens
         self.max_len[seat] = state.num_prompt_tokens + sampling.max_new_tokens
@@ -112,6 +120,8 @@ class Seats:
         state.logprobs = self.logprobs[seat, :n].copy()
         state.seat = NO_SEAT
         self.owners[seat] = None
+        self.in_flight[seat] = 0
+        self.tenancy[seat] += 1
         self._free.append(seat)
 
 

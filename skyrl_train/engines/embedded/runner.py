@@ -1,28 +1,104 @@
-"""Runs one planned step on the model: rows in, logits of the rows that sample out."""
+"""Runs one planned step on the model: rows in, one token for each row that samples out.
+
+A runner may lag: `launch` returns before its tokens are known to the host, and the next step is planned and launched
+meanwhile. Here, on the CPU, nothing is gained by that, and the tokens are there at once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.engines.embedded.attention import AttentionBackend, PagedBatch, PagedContext, ShapeProbe
-from skyrl_train.engines.embedded.config import KVShape
+from skyrl_train.engines.embedded.backends import make_backend, native_or_warn
+from skyrl_train.engines.embedded.config import EmbeddedConfig, KVShape
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
+from skyrl_train.engines.embedded.sampler import Sampler
 from skyrl_train.engines.embedded.scheduler import StepPlan
 from skyrl_train.errors import ConfigError
+
+
+class PendingTokens(Protocol):
+    """Tokens of a launched step, for `seats` [n] as they were occupied at launch (`tenancy` [n])."""
+
+    @property
+    def seats(self) -> npt.NDArray[np.intp]: ...
+
+    @property
+    def tenancy(self) -> npt.NDArray[np.int64]: ...
+
+    def result(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Tokens [n] and log-probabilities [n]; waits for the device if it must."""
+        ...
+
+
+class Runner(Protocol):
+    """Computes planned steps. `lags`: tokens of step k are best taken in after step k + 1 was launched."""
+
+    lags: bool
+
+    def launch(self, plan: StepPlan) -> PendingTokens | None:
+        """Start a step; marks its tokens as in flight. None if no row of it samples."""
+        ...
+
+    def must_settle(self) -> bool:
+        """Whether the next step can't be planned before the tokens in flight are known."""
+        ...
+
+
+def make_runner(
+    model: torch.nn.Module,
+    config: EmbeddedConfig,
+    layers: dict[int, KVShape],
+    pool: KVPool,
+    seats: Seats,
+    max_rows: int,
+) -> Runner:
+    """The runner for the model's device; the plain one everywhere when the reference attention is asked for."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and config.attention_backend != "reference":
+        # Triton is needed from here on, and only here.
+        from skyrl_train.engines.embedded.cuda_runner import CudaRunner
+
+        return CudaRunner(model, pool, seats)
+    native = native_or_warn(device)
+    backend = make_backend(config.attention_backend, device, layers, native)
+    return ModelRunner(model, backend, Sampler(native), pool, seats, max_rows)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReadyTokens:
+    """PendingTokens that are known already."""
+
+    seats: npt.NDArray[np.intp]
+    tenancy: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    logprobs: npt.NDArray[np.float32]
+
+    def result(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        return self.tokens, self.logprobs
 
 
 class ModelRunner:
     """Holds the step's persistent row buffers; T rows at most `max_rows`."""
 
     def __init__(
-        self, model: torch.nn.Module, backend: AttentionBackend, pool: KVPool, seats: Seats, max_rows: int
+        self,
+        model: torch.nn.Module,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        pool: KVPool,
+        seats: Seats,
+        max_rows: int,
     ) -> None:
         self._model = model
+        self._sampler = sampler
         self._backend = backend
         self._pool = pool
         self._seats = seats
@@ -31,6 +107,22 @@ class ModelRunner:
         self._row_slots = np.zeros(max_rows, dtype=np.int64)
         self._row_seats = np.zeros(max_rows, dtype=np.int32)
         self._slot_table = torch.from_numpy(seats.slots)
+
+    lags = False
+
+    def must_settle(self) -> bool:
+        return False
+
+    def launch(self, plan: StepPlan) -> ReadyTokens | None:
+        logits = self.logits(plan)
+        chosen = plan.sample_seats
+        if not len(chosen):
+            return None
+        with torch.inference_mode():
+            tokens, logprobs = self._sampler.sample(logits, self._seats, chosen)
+        self._seats.in_flight[chosen] += 1
+        tenancy = self._seats.tenancy[chosen]
+        return ReadyTokens(seats=chosen, tenancy=tenancy, tokens=tokens, logprobs=logprobs)
 
     def logits(self, plan: StepPlan) -> torch.Tensor:
         """[n, V] for the plan's `sample_seats`, in their order. Writes the rows' keys and values to the pool."""

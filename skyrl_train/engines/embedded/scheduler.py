@@ -182,7 +182,8 @@ class Scheduler:
             reserve += self._growth(head)
             budget -= self._add_chunk(head, budget, chunks)
         if not chunks and not len(decode_seats):
-            assert self._next_waiting(admit_new) is None, "requests wait, none runs, and none can start"
+            stuck = self._next_waiting(admit_new) is not None and not self.num_running
+            assert not stuck, "requests wait, none runs, and none can start"
             return None
         sampling = [chunk.seat for chunk in chunks if chunk.samples]
         return StepPlan(
@@ -198,6 +199,9 @@ class Scheduler:
         seats = self.seats
         while True:
             decoding = self._current_decode_seats()
+            if seats.in_flight.any():
+                # A token that is on its way may be the last one that the request asked for.
+                decoding = decoding[(seats.length + seats.in_flight)[decoding] < seats.max_len[decoding]]
             growing = decoding[seats.computed[decoding] == seats.allocated[decoding]]
             if len(growing) <= self.num_available:
                 break
@@ -325,7 +329,8 @@ class Scheduler:
             seat, allocated = state.seat, int(seats.allocated[state.seat])
             assert seats.owners[seat] is state
             assert (seat in self._decoding) != (state in self._prefilling), "decoding and prefilling exclude each other"
-            assert seats.computed[seat] <= seats.length[seat] <= seats.max_len[seat]
+            assert seats.computed[seat] <= seats.length[seat] + seats.in_flight[seat]
+            assert seats.length[seat] <= seats.max_len[seat]
             assert seats.computed[seat] <= allocated <= seats.max_len[seat]
             own_slots = seats.slots[seat, state.num_owned_from : allocated]
             owned.append(own_slots)

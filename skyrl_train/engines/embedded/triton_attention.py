@@ -31,6 +31,7 @@ def _attend(  # type: ignore[no-untyped-def]
     scaling,
     window,
     q_stride,
+    q_head_stride,
     kv_stride,
     slots_stride,
     out_stride,
@@ -65,11 +66,8 @@ def _attend(  # type: ignore[no-untyped-def]
     d = tl.arange(0, BLOCK_D)
     in_head = d < HEAD_DIM
     q_offset = (first_row + row).to(tl.int64) * q_stride
-    q = tl.load(
-        query + q_offset[:, None] + (q_head * HEAD_DIM)[:, None] + d[None],
-        mask=live[:, None] & in_head[None],
-        other=0.0,
-    )
+    q_offset += q_head * q_head_stride
+    q = tl.load(query + q_offset[:, None] + d[None], mask=live[:, None] & in_head[None], other=0.0)
     position = first_position + row
 
     stop = first_position + num_rows
@@ -169,7 +167,7 @@ def ragged_paged_attention(
     num_rows, num_q_heads, head_dim = query.shape
     num_kv_heads = keys.shape[1]
     group = num_q_heads // num_kv_heads
-    assert query.stride(1) == head_dim and query.stride(2) == 1, query.stride()
+    assert query.stride(2) == 1, query.stride()
     assert keys.stride(1) == head_dim and keys.stride() == values.stride(), (keys.stride(), values.stride())
     block_rows = 1 if blocks is None else rows_per_block(group)
     num_blocks = num_rows if blocks is None else blocks[0].shape[0]
@@ -197,6 +195,7 @@ def ragged_paged_attention(
         scaling,
         sliding_window or 0,
         query.stride(0),
+        query.stride(1),
         keys.stride(0),
         slots.stride(0),
         partial.stride(1),
