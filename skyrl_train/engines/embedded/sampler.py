@@ -74,7 +74,8 @@ def pick(draw: torch.Tensor, score: torch.Tensor, temperature: Floats, uniform: 
     greedy = torch.from_numpy(temperature == 0)
     divisor = torch.from_numpy(np.where(temperature == 0, np.float32(1), temperature))[:, None]
     tokens = inverse_cdf(draw / divisor, torch.from_numpy(uniform))
-    tokens = torch.where(greedy, draw.argmax(-1), tokens)
+    # NaN logits have no place in the cumulative sum; their log-probability, which the caller checks, is NaN.
+    tokens = torch.where(greedy, draw.argmax(-1), tokens).clamp(max=draw.shape[-1] - 1)
     logprobs = (score / divisor).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return tokens.numpy(), logprobs.numpy()
 

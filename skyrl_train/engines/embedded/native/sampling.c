@@ -34,16 +34,24 @@ static double exponentials(const float *x, int vocab, float top, float inverse, 
     return total;
 }
 
+/* NaN if any is: comparisons alone would lose it. */
 static float largest(const float *x, int vocab) {
-    float top = -INFINITY;
+    vec high = splat(-INFINITY);
+    ivec is_nan = {0};
     int v = 0;
-    if (vocab >= LANES) {
-        vec high = load(x);
-        for (v = LANES; v + LANES <= vocab; v += LANES) high = vmax(high, load(x + v));
-        top = max1(high);
+    for (; v + LANES <= vocab; v += LANES) {
+        vec y = load(x + v);
+        high = vmax(high, y);
+        is_nan |= y != y;
     }
-    for (; v < vocab; v++) top = x[v] > top ? x[v] : top;
-    return top;
+    float top = max1(high);
+    int found = 0;
+    for (; v < vocab; v++) {
+        top = x[v] > top ? x[v] : top;
+        found |= x[v] != x[v];
+    }
+    for (int i = 0; i < LANES; i++) found |= is_nan[i];
+    return found ? NAN : top;
 }
 
 /* The first token whose cumulative weight exceeds target; never one of weight 0. */
