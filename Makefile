@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow check format clean
+.PHONY: setup quickstart test test-slow test-gpu check format clean
 
 setup: .venv/ready
 
@@ -32,3 +32,6 @@ format: .venv/ready
 
 clean:
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+test-gpu: .venv/ready  # on a machine with a CUDA device
+	$(BIN)/python -m pytest -q -m gpu tests/gpu
