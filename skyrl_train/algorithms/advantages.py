@@ -29,9 +29,9 @@ def grpo(rewards: torch.Tensor, group_index: torch.Tensor, *, grpo_norm_by_std: 
     means = rewards.new_zeros(num_groups).index_add_(0, group_index, rewards) / sizes.clamp_min(1)
     centred = rewards - means[group_index]
     # Exactly 0 where the group agrees: the mean of equal floats may differ from them in the last bit.
-    highest = rewards.new_full((num_groups,), -torch.inf).index_reduce_(0, group_index, rewards, "amax")
-    lowest = rewards.new_full((num_groups,), torch.inf).index_reduce_(0, group_index, rewards, "amin")
-    centred = torch.where((highest == lowest)[group_index], 0.0, centred)
+    member = rewards.new_zeros(num_groups).index_copy_(0, group_index, rewards)
+    num_different = rewards.new_zeros(num_groups).index_add_(0, group_index, (rewards != member[group_index]).double())
+    centred = torch.where((num_different == 0)[group_index], 0.0, centred)
     if grpo_norm_by_std:
         squares = rewards.new_zeros(num_groups).index_add_(0, group_index, centred.square())
         std = (squares / (sizes - 1).clamp_min(1)).sqrt()

@@ -67,6 +67,9 @@ class CheckpointStore:
 
         A checkpoint of the same step is replaced: a run that fell back to an earlier one comes by here again.
         """
+        text = json.dumps(run_state, indent=1, allow_nan=False)
+        if json.loads(text) != run_state:
+            raise ValueError(f"run_state of step {step} does not survive JSON: keys must be strings, sequences lists")
         final = self._folder(step)
         beside = self.root / f".{final.name}.writing"
         shutil.rmtree(beside, ignore_errors=True)
@@ -74,7 +77,7 @@ class CheckpointStore:
         for name, write in parts.items():
             (beside / name).mkdir()
             write(beside / name)
-        (beside / RUN_STATE).write_text(json.dumps(run_state, indent=1, allow_nan=False))
+        (beside / RUN_STATE).write_text(text)
         manifest = {"format": FORMAT, "step": step, "files": _describe(beside)}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
         _sync(beside)

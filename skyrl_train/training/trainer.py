@@ -62,7 +62,7 @@ class PolicyTrainer:
         self._optimizer = MasterAdamW(list(model.parameters()), optimizer)
         self._gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[no-untyped-call]
+            _checkpoint_activations(model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -179,3 +179,9 @@ class PolicyTrainer:
     def _own(batch: TrainBatch) -> tuple[MicroBatch, ...]:
         assert len(batch.micro_batches) == 1, f"one process was handed the batches of {len(batch.micro_batches)} ranks"
         return batch.micro_batches[0]
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute each layer in the backward pass. transformers renamed the switch and warns of the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -16,7 +16,7 @@ from skyrl_train.types import TrainBatch, TrainingSample, TrajectoryId
 def make_sample(
     prompt: Sequence[int], rest: Sequence[int], mask: Sequence[bool] | None = None, *, name: str = "0", sample: int = 0
 ) -> TrainingSample:
-    """`prompt` then `rest`; the policy wrote the part of `rest` under `mask`, by default all. Values tell places apart."""
+    """`prompt` then `rest`, of which the policy wrote what `mask` says, by default all. Values tell places apart."""
     length = len(prompt) + len(rest)
     loss_mask = torch.tensor([False] * len(prompt) + list([True] * len(rest) if mask is None else mask))
     return TrainingSample(
