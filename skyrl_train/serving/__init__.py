@@ -1,0 +1,1 @@
+"""OpenAI's protocol over an engine. Needs FastAPI; nothing outside `entrypoints` imports this package."""
