@@ -19,7 +19,7 @@ import triton.language as tl
 BLOCK = 4096
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _summarise(  # type: ignore[no-untyped-def]
     logits, temperature, block_max, block_arg, block_sum, row_stride, num_words, num_blocks, BLOCK: tl.constexpr
 ):
@@ -40,7 +40,7 @@ def _summarise(  # type: ignore[no-untyped-def]
     tl.store(block_sum + index, total)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _pick(  # type: ignore[no-untyped-def]
     logits,
     temperature,
