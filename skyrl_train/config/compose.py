@@ -6,6 +6,7 @@ the defaults are: unknown keys, aliases and sources all need that difference.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,13 +51,13 @@ def compose_settings(file: ConfigFile | None, overrides: Sequence[str]) -> list[
     """What the user wrote, in the file and on the command line, one entry a value; later overrides win."""
     parsed = _parse_overrides(overrides)
     tree = _compose(file, [_forced(override, text) for override, text in zip(parsed, overrides, strict=True)])
-    own_keys = set(_raw_paths(file)) if file else set()
+    inherited = _inherited_paths(file, tree) if file else frozenset()
     settings = []
     for path, value in flatten(tree):
         source = _override_source(path, parsed, overrides)
         if source is None:
             assert file is not None, (path, overrides)
-            where = file.shown if path in own_keys else f"the defaults of {file.shown}"
+            where = f"the defaults of {file.shown}" if path in inherited else file.shown
             source = Source(kind="file", where=where)
         settings.append(Setting(path=path, value=value, source=source))
     return settings
@@ -116,11 +117,14 @@ def _override_source(path: str, parsed: Sequence[Override], texts: Sequence[str]
     return None
 
 
-def _raw_paths(file: ConfigFile) -> Iterator[str]:
-    """The paths written in the file itself, not in files of its defaults list."""
+def _inherited_paths(file: ConfigFile, tree: Tree) -> frozenset[str]:
+    """The paths that come from files of its defaults list."""
+    if not re.search(r"^defaults\s*:", file.path.read_text(encoding="utf-8"), re.MULTILINE):
+        return frozenset()
     raw = OmegaConf.to_container(OmegaConf.load(file.path), resolve=False)
     assert isinstance(raw, dict), file
-    yield from (path for path, _ in flatten({str(key): value for key, value in raw.items()}))
+    own = {path for path, _ in flatten({str(key): value for key, value in raw.items()})}
+    return frozenset(path for path, _ in flatten(tree) if path not in own)
 
 
 def _first_lines(exc: Exception) -> str:

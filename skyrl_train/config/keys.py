@@ -57,22 +57,29 @@ def schema_defaults() -> Tree:
 def nearest(path: str) -> str | None:
     """The key or group that an unknown path most likely means."""
     known = [*schema_keys(), *(group for group in schema_groups() if group)]
+    # First a typo beside its siblings, then the right name in the wrong place, then anything alike.
+    if near := _near_sibling(path, cutoff=0.75):
+        return near
+    if same_name := [key for key in known if key.rpartition(".")[2] == path.rpartition(".")[2]]:
+        return difflib.get_close_matches(path, same_name, n=1, cutoff=0.0)[0]
+    if near := _near_sibling(path, cutoff=0.6):
+        return near
+    close = difflib.get_close_matches(path, known, n=1, cutoff=0.6)
+    return close[0] if close else None
+
+
+def _near_sibling(path: str, *, cutoff: float) -> str | None:
+    """The path up to its first unknown name, with that name corrected from the group that it stands in."""
     parts = path.split(".")
-    # A typo deep in the tree: look among the siblings first, where a short name is compared to short names.
-    for depth in range(len(parts)):
+    for depth, name in enumerate(parts):
         parent = ".".join(parts[:depth])
         if parent not in schema_groups():
-            break
+            return None
         siblings = list(schema_groups()[parent].model_fields)
-        if parts[depth] not in siblings and (close := difflib.get_close_matches(parts[depth], siblings, n=1)):
-            return _join(parent, close[0])
-    # The right name in the wrong place.
-    same_name = [key for key in known if key.rpartition(".")[2] == parts[-1]]
-    if close := difflib.get_close_matches(path, same_name or known, n=1, cutoff=0.0 if same_name else 0.6):
-        return close[0]
-    names = {key.rpartition(".")[2]: key for key in reversed(known)}
-    by_name = difflib.get_close_matches(parts[-1], list(names), n=1, cutoff=0.75)
-    return names[by_name[0]] if by_name else None
+        if name not in siblings:
+            close = difflib.get_close_matches(name, siblings, n=1, cutoff=cutoff)
+            return _join(parent, close[0]) if close else None
+    return None
 
 
 def get_path(tree: Mapping[str, Any], path: str) -> Any:

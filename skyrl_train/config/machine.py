@@ -13,7 +13,7 @@ from pathlib import Path
 from skyrl_train.config.model_shape import BUILTIN_PREFIX, find_model_folder
 from skyrl_train.config.placement import count_gpus
 from skyrl_train.config.schema import Config
-from skyrl_train.config.unbuilt import UNBUILT_BACKENDS
+from skyrl_train.config.unbuilt import MAX_POLICY_GPUS, UNBUILT_BACKENDS
 
 PROBE_TIMEOUT_S = 30.0
 INSTALL = {"sglang": '"sglang==0.5.23"', "vllm": '"vllm==0.26.0"'}
@@ -137,6 +137,14 @@ def _engine_gaps(config: Config) -> list[_Gap]:
                     f"python3 -m venv ~/{backend}-env && ~/{backend}-env/bin/pip install {INSTALL[backend]}",
                     f"then generator.engine_python=~/{backend}-env/bin/python",
                 ),
+            )
+        )
+    if (count := count_gpus(config).policy) > MAX_POLICY_GPUS:
+        gaps.append(
+            _Gap(
+                needs=f"a trainer on {count} GPUs",
+                here=f"this version trains on {MAX_POLICY_GPUS}",
+                ways=(f"trainer.placement.policy_num_gpus_per_node={MAX_POLICY_GPUS}",),
             )
         )
     if backend in UNBUILT_BACKENDS:

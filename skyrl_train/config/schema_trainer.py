@@ -166,7 +166,9 @@ class Trainer(Group):
     eval_before_train: bool = Field(True, description="Evaluate before the first step.")
     eval_batch_size: Positive | None = Field(None, description="Held-out prompts in flight at once; null is all.")
     resume_mode: Literal["none", "latest", "from_path"] = Field(
-        "latest", description="none starts anew; latest goes on from the newest whole checkpoint, if any; from_path."
+        "latest",
+        description="none starts anew; latest goes on from the newest whole checkpoint, if there is one; from_path from "
+        "resume_path.",
     )
     resume_path: str | None = Field(None, description="The checkpoint that resume_mode from_path goes on from.")
     run_name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder.")
@@ -175,7 +177,9 @@ class Trainer(Group):
     ckpt_path: str | None = Field(None, description="Where checkpoints go; null is <run_path>/checkpoints.")
     ckpt_interval: int = Field(ge=-1, description="Steps between checkpoints; -1 saves only the last.")
     max_ckpts_to_keep: int = Field(2, ge=-1, description="Older checkpoints are deleted; -1 keeps all.")
-    export_path: str | None = Field(None, description="Where Hugging Face exports go; null is <run_path>/export.")
+    export_path: str | None = Field(
+        None, description="Where the model is exported in Hugging Face format; null is <run_path>/export."
+    )
     hf_save_interval: int = Field(-1, ge=-1, description="Steps between exports; -1 exports only the last.")
     logger: Strings = Field(
         ("console", "jsonl", "tensorboard"), description="Trackers: console, jsonl, tensorboard, wandb, mlflow."

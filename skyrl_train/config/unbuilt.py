@@ -229,6 +229,9 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
 )
 
+MAX_POLICY_GPUS = 1
+"""GPUs that the trainer can use. With a server backend more are planned and explained, and refused at the start."""
+
 UNBUILT_BACKENDS: dict[Backend, str] = {
     "sglang": "this version has no adapter for SGLang servers yet",
     "vllm": "this version has no adapter for vLLM servers yet",

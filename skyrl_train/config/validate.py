@@ -77,6 +77,8 @@ def _wanted(error: Mapping[str, Any]) -> str:
             return "a whole number"
         case "float_type":
             return "a number"
+        case "finite_number":
+            return "a finite number"
         case "bool_type":
             return "true or false"
         case "string_type":

@@ -19,7 +19,10 @@ Convert = Callable[[Any], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Argument:
-    """`key` writes `field` in releases [since, until). `instead` is what to use where a release lacks it."""
+    """`key` writes `field` in releases [since, until). `instead` is what to use where a release lacks it.
+
+    `flag` is the command line's name where that is not the field's.
+    """
 
     key: str
     field: str
@@ -27,6 +30,7 @@ class Argument:
     since: str | None = None
     until: str | None = None
     instead: str | None = None
+    flag: str | None = None
     convert: Convert = lambda value: value
 
     def exists_in(self, release: str) -> bool:
@@ -61,6 +65,7 @@ def _group(prefix: str, *rows: Argument) -> tuple[Argument, ...]:
             since=row.since,
             until=row.until,
             instead=row.instead,
+            flag=row.flag,
             convert=row.convert,
         )
         for row in rows
@@ -212,7 +217,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         "generator.kv_cache",
         _arg("dtype", "kv_cache_dtype", "auto: the model's"),
         _arg("quantization_param_path", "quantization_param_path", "none"),
-        _arg("fp8_gemm_backend", "fp8_gemm_runner_backend", "auto", since="0.5.10"),
+        _arg("fp8_gemm_backend", "fp8_gemm_runner_backend", "auto", since="0.5.10", flag="fp8-gemm-backend"),
         _arg("page_size", "page_size", "by attention kernel"),
         _arg("eviction_policy", "radix_eviction_policy", "lru"),
         _arg("swa_full_tokens_ratio", "swa_full_tokens_ratio", "0.8"),
@@ -265,7 +270,8 @@ ARGUMENTS: tuple[Argument, ...] = (
         _arg("triton_num_kv_splits", "triton_attention_num_kv_splits", "8"),
         _arg("triton_split_tile_size", "triton_attention_split_tile_size", "none"),
         _arg("triton_reduce_in_fp32", "triton_attention_reduce_in_fp32", "false"),
-        _arg("enable_dp_attention", "enable_dp_attention", "false"),
+        _arg("enable_dp_attention", "enable_dp_attention", "false", until="0.5.23"),
+        _arg("enable_dp_attention", "attn_dp_size", "1", since="0.5.23"),
         *(
             _arg(f"double_sparsity.{key}", field, until="0.5.17", instead="generator.attention.dsa_prefill_backend")
             for key, field in (

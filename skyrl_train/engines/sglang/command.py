@@ -38,6 +38,9 @@ SWITCHES = {
 """Keys at or under the prefix are read only while the switch is on."""
 
 
+_FLAGS = {row.field: row.flag for row in ARGUMENTS if row.flag}
+
+
 def switch_of(key: str) -> str | None:
     """The key that turns `key` on, if there is one; a switch has none itself."""
     for prefix, switch in SWITCHES.items():
@@ -59,6 +62,9 @@ def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
         converted = argument.convert(value)
         if converted is not False:
             arguments[argument.field] = list(converted) if isinstance(converted, tuple) else converted
+    if "attn_dp_size" in arguments:
+        # One size now says what a flag beside dp_size said before.
+        arguments["attn_dp_size"] = arguments.pop("dp_size")
     placement = config.trainer.placement
     if not placement.policy_num_gpus_per_node:
         arguments["device"] = "cpu"
@@ -71,7 +77,7 @@ def command_line(arguments: Mapping[str, Any], *, python: str) -> list[str]:
     """The server's command; `true` is a bare flag, a list several words, a mapping JSON."""
     words = [python, "-m", "sglang.launch_server"]
     for field, value in arguments.items():
-        flag = f"--{field.replace('_', '-')}"
+        flag = f"--{_FLAGS.get(field) or field.replace('_', '-')}"
         if value is True:
             words.append(flag)
         elif isinstance(value, (list, tuple)):

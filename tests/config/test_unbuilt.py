@@ -1,0 +1,66 @@
+"""What is in the tree and not built is refused by name when set, and only then."""
+
+from __future__ import annotations
+
+import pytest
+
+from skyrl_train.config import ConfigError, load_config
+from skyrl_train.config.keys import schema_groups, schema_keys
+from skyrl_train.config.unbuilt import UNBUILT
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "trainer.fully_async.enabled=true",
+        "trainer.fully_async.max_staleness_steps=2",
+        "trainer.algorithm.advantage_estimator=gae",
+        "trainer.critic.optimizer_config.lr=1e-5",
+        "trainer.algorithm.policy_loss_type=gspo",
+        "trainer.algorithm.cispo.cispo_eps_clip_high=3",
+        "trainer.algorithm.use_kl_in_reward=true",
+        "trainer.algorithm.dynamic_sampling.type=filter",
+        "trainer.algorithm.use_tis=true",
+        "trainer.algorithm.zero_variance_filter=true",
+        "trainer.policy.model.lora.rank=8",
+        "trainer.fsdp_config.cpu_offload=true",
+        "trainer.placement.policy_num_gpus_per_node=8",
+        "generator.max_turns=3",
+        "generator.enable_http_endpoint=true",
+        "generator.sessions.enabled=true",
+        "generator.speculative_decoding.enabled=true",
+        "generator.deterministic_inference.enabled=true",
+        "generator.lora.enabled=true",
+        "generator.metrics.enabled=true",
+        "generator.scheduling.policy=lpm",
+        "generator.hierarchical_cache.enabled=true",
+        "generator.num_inference_engines=2",
+        "generator.engine_python=python",
+        "env.max_turns=2",
+    ],
+)
+def test_a_feature_that_is_not_built_is_refused_by_name(override: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    assert "not built yet" in str(caught.value)
+    assert override in str(caught.value)
+
+
+def test_the_default_written_out_asks_for_nothing() -> None:
+    load_config(
+        ["generator.max_turns=1", "trainer.fully_async.enabled=false", "generator.sessions.default_capacity=32768"]
+    )
+
+
+def test_servers_have_what_the_embedded_engine_lacks() -> None:
+    load_config(["generator.backend=sglang", "generator.sessions.enabled=true", "generator.scheduling.policy=lpm"])
+
+
+def test_each_line_of_the_table_is_about_a_key_or_group_of_the_schema() -> None:
+    known = {*schema_keys(), *schema_groups()}
+    assert [row.prefix for row in UNBUILT if row.prefix not in known] == []
+
+
+def test_all_of_them_are_listed_at_once() -> None:
+    with pytest.raises(ConfigError, match="2 settings are not built yet"):
+        load_config(["generator.max_turns=3", "trainer.policy.model.lora.rank=4"])
