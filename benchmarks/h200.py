@@ -25,8 +25,6 @@ from benchmarks.models import SHAPES
 from benchmarks.report import RESULTS, Report
 
 BUDGET_S = 470.0
-SHAPE = "0.5b"
-COMMON = ("--device", "cuda", "--dtype", "bfloat16", "--shape", SHAPE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +90,7 @@ JOBS = (
         max_s=150,
         run=rollout_rows,
         argv="--requests 256 --prompt 128 --new 256 --engines generate --generate-batches 256 --generate-caches static "
-        f"--name rollouts-{SHAPE}-256-static",
+        "--name rollouts-256-static",
     ),
 )
 
@@ -100,14 +98,22 @@ JOBS = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.h200", description=__doc__.splitlines()[0])
     parser.add_argument("--budget-s", type=float, default=BUDGET_S)
+    parser.add_argument(
+        "--jobs", type=_ints, default=tuple(range(len(JOBS))), help="their numbers, from 0; default: all"
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    report = Report(f"One GPU: Qwen2.5 of {SHAPE} shape, bfloat16", f"h200-{machine.slug('cuda')}", args.out)
-    ceilings = measure_ceilings(SHAPES[SHAPE], "cuda", torch.bfloat16)
+    name = machine.slug(args.device)
+    report = Report(f"Qwen2 of shape {args.shape}, {args.dtype}, on {name}", f"h200-{args.shape}-{name}", args.out)
+    ceilings = measure_ceilings(SHAPES[args.shape], args.device, getattr(torch, args.dtype))
     report.log(str(ceilings))
+    common = ["--shape", args.shape, "--device", args.device, "--dtype", args.dtype, "--out", str(args.out)]
     rows = []
-    for job in JOBS:
+    for job in (JOBS[i] for i in args.jobs):
         left = args.budget_s - (time.perf_counter() - start)
         if left < job.max_s:
             report.log(f"{job.name}: not run, {left:.0f} s are left and it may take {job.max_s:.0f} s")
@@ -115,15 +121,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         report.log(job.name)
         try:
-            rows += [[job.name, *row] for row in job.run([*COMMON, *job.argv.split(), "--out", str(args.out)])]
+            rows += [[job.name, *row] for row in job.run([*common, *job.argv.split()])]
         except Exception as exc:  # one job that fails is a row; the others still run
             report.log(traceback.format_exc())
             rows.append([job.name, f"{type(exc).__name__}: {(str(exc).splitlines() or [''])[0][:200]}", "", "", ""])
         gc.collect()
-        torch.cuda.empty_cache()
-    report.facts({**machine.describe("cuda"), "measured ceilings": str(ceilings)})
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    report.facts({**machine.describe(args.device), "measured ceilings": str(ceilings)})
     report.table(("workload", "engine", "setting", "median", "over the best peer"), rows)
     report.save()
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ class EmbeddedSampler:
         self._model = model
         self._config = EmbeddedConfig(
             max_num_seqs=len(requests),
-            max_num_batched_tokens=max(2048, len(requests)),
+            # A GPU wants long prompt chunks; a CPU is busy with a few hundred rows.
+            max_num_batched_tokens=max(2048 if model.device.type == "cpu" else 16384, len(requests)),
             kv_cache_tokens=sum(len(r.prompt_token_ids) + r.max_new_tokens for r in requests) + 64 * len(requests),
             max_context_len=max(len(r.prompt_token_ids) + r.max_new_tokens for r in requests),
         )
