@@ -27,6 +27,11 @@ def embedded(checked: Checked) -> Iterator[Finding]:
             f"{checked.show('generator.max_num_batched_tokens')} can't hold one token for each of "
             f"{checked.show('generator.max_num_seqs')} requests; raise the first or lower the second"
         )
+    if generator.gpu_memory_utilization == 1.0:
+        yield error(
+            f"{checked.show('generator.gpu_memory_utilization')}: the embedded engine shares memory with the trainer, "
+            "and this is the fraction of what is free that its KV cache takes; set less than 1"
+        )
     for name in generator.engine_init_kwargs:
         if name not in EMBEDDED_KWARGS:
             yield error(

@@ -167,8 +167,8 @@ class Trainer(Group):
     eval_batch_size: Positive | None = Field(None, description="Held-out prompts in flight at once; null is all.")
     resume_mode: Literal["none", "latest", "from_path"] = Field(
         "latest",
-        description="none starts anew; latest goes on from the newest whole checkpoint, if there is one; from_path from "
-        "resume_path.",
+        description="none starts anew; latest goes on from the newest whole checkpoint, if there is one; from_path "
+        "goes on from resume_path.",
     )
     resume_path: str | None = Field(None, description="The checkpoint that resume_mode from_path goes on from.")
     run_name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder.")

@@ -299,6 +299,10 @@ def test_the_embedded_engine_holds_a_token_for_each_request() -> None:
     assert "can't hold one token for each" in refused("generator.max_num_batched_tokens=100")
 
 
+def test_the_embedded_engine_leaves_memory_to_the_trainer() -> None:
+    assert "set less than 1" in refused("generator.gpu_memory_utilization=1.0")
+
+
 def test_the_embedded_engines_kwargs_are_known() -> None:
     load_config(["generator.engine_init_kwargs.kv_cache_tokens=4096"])
     assert "the embedded engine takes" in refused("generator.engine_init_kwargs.kv_tokens=4096")
@@ -353,3 +357,20 @@ def test_server_options_that_contradict_each_other(overrides: tuple[str, ...], w
 def test_all_contradictions_are_listed_at_once() -> None:
     message = refused("generator.n_samples_per_prompt=1", "generator.sampling_params.temperature=0")
     assert "2 settings contradict" in message
+
+
+def test_the_embedded_engines_kwargs_are_those_that_have_no_key() -> None:
+    from dataclasses import fields
+
+    from skyrl_train.config.check_engine import EMBEDDED_KWARGS
+    from skyrl_train.engines.embedded.config import EmbeddedConfig
+
+    with_keys = {
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "max_context_len",
+        "kv_cache_frac",
+        "enable_prefix_caching",
+        "seed",
+    }
+    assert {field.name for field in fields(EmbeddedConfig)} - with_keys == set(EMBEDDED_KWARGS)
