@@ -98,9 +98,7 @@ JOBS = (
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.h200", description=__doc__.splitlines()[0])
     parser.add_argument("--budget-s", type=float, default=BUDGET_S)
-    parser.add_argument(
-        "--jobs", type=_ints, default=tuple(range(len(JOBS))), help="their numbers, from 0; default: all"
-    )
+    parser.add_argument("--jobs", type=_ints, default=tuple(range(len(JOBS))), help="numbers, from 0; default: all")
     parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")

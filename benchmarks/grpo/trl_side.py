@@ -23,6 +23,7 @@ from benchmarks.grpo.base import Gradient, Rollout
 from benchmarks.grpo.work import EPS_CLIP, LEARNING_RATE, MAX_GRAD_NORM, StepWork, reward
 from benchmarks.measure import PhaseClock, Timing
 from benchmarks.models import to_text
+from benchmarks.samplers.generate_batch import PAGE_SIZE_KEY
 
 Generation = Literal["dynamic", "static", "continuous"]
 PAGE_SIZE = 32
@@ -128,7 +129,7 @@ class TrlSide:
         num_rows = work.num_prompts * work.num_samples
         longest = max(work.prompt_lens) + work.max_completion_len
         return {
-            "page_size": PAGE_SIZE,
+            PAGE_SIZE_KEY: PAGE_SIZE,
             "num_blocks": num_rows * (-(-longest // PAGE_SIZE) + 1),
             "max_batch_tokens": 2048,
             "max_requests_per_batch": num_rows,

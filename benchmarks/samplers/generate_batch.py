@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import fields
 
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -23,6 +24,8 @@ from benchmarks.models import PAD_ID
 from benchmarks.workload import Output, Request
 
 MAX_BATCH_TOKENS = 2048
+PAGE_SIZE_KEY = "page_size" if "page_size" in {f.name for f in fields(ContinuousBatchingConfig)} else "block_size"
+"""Some releases of transformers call it block_size."""
 WAIT_S = 600.0
 NO_END_TOKEN = -1
 
@@ -97,7 +100,7 @@ class GenerateBatchSampler:
                         eos_token_id=NO_END_TOKEN,
                     ),
                     continuous_batching_config=ContinuousBatchingConfig(
-                        page_size=self._page_size,
+                        **{PAGE_SIZE_KEY: self._page_size},
                         num_blocks=self._num_blocks,
                         max_batch_tokens=MAX_BATCH_TOKENS,
                         max_requests_per_batch=self._max_requests,
