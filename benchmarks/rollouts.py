@@ -126,7 +126,9 @@ def tuned(
         batches = sorted({min(n, args.requests) for n in (*args.generate_batches, args.requests)}, reverse=True)
         axes |= {"cache": args.generate_caches, "batch_size": batches}
     else:
-        make = partial(GenerateBatchSampler, model, requests, page_size=16 if args.device == "cpu" else 256)
+        # A module of its own: an open manager switches its module's attention.
+        twin = twin_on_same_weights(model, attn_implementation="sdpa")
+        make = partial(GenerateBatchSampler, twin, requests, page_size=16 if args.device == "cpu" else 256)
         axes |= {"max_requests": sorted({min(n, args.requests) for n in args.concurrent}, reverse=True)}
 
     def seconds(sampler: Sampler) -> float:
