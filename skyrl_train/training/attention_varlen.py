@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -54,7 +55,7 @@ class VarlenAttention:
         from torch.nn.attention.varlen import varlen_attn
 
         if self._kv_rows is not None:
-            key, value = key.index_select(0, self._kv_rows), value.index_select(0, self._kv_rows)
+            key, value = (_TakeRows.apply(x, self._kv_rows) for x in (key, value))  # type: ignore[no-untyped-call]
         if key.shape[1] != query.shape[1]:
             repeats = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -72,3 +73,20 @@ class VarlenAttention:
         )
         assert isinstance(out, torch.Tensor)  # a pair only when auxiliary results are asked for
         return out
+
+
+class _TakeRows(torch.autograd.Function):
+    """rows [T, H, D] at index [K]. A shared prompt's row collects one gradient for each answer: summed in float32,
+    where bfloat16 would round after every one."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.shape, ctx.dtype = rows.shape, rows.dtype
+        return rows.index_select(0, index)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.shape, dtype=torch.float32, device=index.device)
+        return total.index_add_(0, index, grads[0].float()).to(ctx.dtype), None

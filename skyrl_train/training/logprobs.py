@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-MAX_CHUNK_BYTES = 64 << 20
-"""Float32 logits held at a time, by default."""
+MAX_CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+"""Float32 logits held at a time: a GPU needs about a thousand rows of a large vocabulary to be busy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ def token_logprobs(
     bias: torch.Tensor | None = None,
     temperature: float = 1.0,
     transform: LogitTransform | None = None,
-    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+    max_chunk_bytes: int | None = None,
 ) -> TokenLogprobs:
     """Of softmax(transform(hidden @ weight.T + bias) / temperature) at `target_ids` [N].
 
@@ -62,6 +62,8 @@ def token_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"log-probabilities need a temperature > 0, found {temperature}")
+    if max_chunk_bytes is None:
+        max_chunk_bytes = MAX_CHUNK_BYTES.get(hidden.device.type, 64 << 20)
     num_rows = max(1, max_chunk_bytes // (4 * weight.shape[0]))
     logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, target_ids, temperature, transform or LogitTransform(), num_rows
@@ -93,10 +95,11 @@ class _ChunkedLogprobs(torch.autograd.Function):
         lse = torch.empty_like(logprobs)
         for start in range(0, len(target_ids), num_rows):
             rows = slice(start, start + num_rows)
-            z = transform(F.linear(hidden[rows], weight, bias).to(dtype)) / temperature
+            z = transform(_raw_logits(hidden[rows], weight, bias, dtype)).div_(temperature)
             lse[rows] = torch.logsumexp(z, dim=-1)
-            logprobs[rows] = z.gather(1, target_ids[rows, None])[:, 0] - lse[rows]
-            entropy[rows] = lse[rows] - (torch.exp(z - lse[rows, None]) * z).sum(-1)
+            logp = z.sub_(lse[rows, None])
+            logprobs[rows] = logp.gather(1, target_ids[rows, None])[:, 0]
+            entropy[rows] = -torch.exp(logp).mul_(logp).sum(-1)
         ctx.save_for_backward(hidden, weight, bias, target_ids, lse, entropy)
         ctx.temperature, ctx.transform, ctx.num_rows = temperature, transform, num_rows
         ctx.set_materialize_grads(False)
@@ -105,6 +108,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
         grad_logprobs, grad_entropy = grads
+        if grad_logprobs is None and grad_entropy is None:
+            return (None,) * 7
         hidden, weight, bias, target_ids, lse, entropy = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
@@ -113,16 +118,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_bias else None
         for start in range(0, len(target_ids), ctx.num_rows):
             rows = slice(start, start + ctx.num_rows)
-            logits = ctx.transform(F.linear(hidden[rows], weight, bias).to(lse.dtype))
-            z = logits / ctx.temperature - lse[rows, None]
-            p = torch.exp(z)
-            grad_z = torch.zeros_like(p)
-            if grad_entropy is not None:
-                grad_z -= p * (z + entropy[rows, None]) * grad_entropy[rows, None]
+            logits = ctx.transform(_raw_logits(hidden[rows], weight, bias, lse.dtype))
+            logp = (logits / ctx.temperature).sub_(lse[rows, None])
+            grad_z = torch.exp(logp)
+            if grad_entropy is None:
+                grad_z.mul_(-grad_logprobs[rows, None])
+            else:
+                by_entropy = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+                if grad_logprobs is not None:
+                    by_entropy.add_(grad_logprobs[rows, None])
+                grad_z.mul_(by_entropy).neg_()
             if grad_logprobs is not None:
-                grad_z -= p * grad_logprobs[rows, None]
                 grad_z.scatter_add_(1, target_ids[rows, None], grad_logprobs[rows, None])
-            grad_raw = ctx.transform.backward(grad_z / ctx.temperature, logits)
+            grad_raw = ctx.transform.backward(grad_z.div_(ctx.temperature), logits)
             grad_out = grad_raw.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_out @ weight
@@ -139,3 +147,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _raw_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """A tensor of its own, free to be changed in place."""
+    return F.linear(hidden, weight, bias).to(dtype)

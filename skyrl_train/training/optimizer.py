@@ -91,6 +91,7 @@ class MasterAdamW:
         norm = torch.nn.utils.get_total_norm([m.grad for m in self._masters if m.grad is not None])
         grad_norm = float(norm)
         if not math.isfinite(grad_norm):
+            self.clear_gradients()
             raise FloatingPointError(
                 f"the gradient norm is {grad_norm} at optimizer step {self.num_steps_done}; the weights are unchanged"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -233,3 +234,21 @@ def test_what_cannot_be_packed_is_refused_by_name() -> None:
         pack([good], micro_batch_size=2, max_tokens_per_micro_batch=2)
     with pytest.raises(ValueError, match="dp_size"):
         pack([good], micro_batch_size=2, dp_size=0)
+
+
+def test_loss_tokens_inside_a_shared_prompt_are_predicted_for_each_sample() -> None:
+    """As in supervised training on whole texts: the rows are shared, the predictions are each sample's own."""
+    samples = []
+    for i, answer in enumerate(([5, 6], [7])):
+        sample = make_sample([1, 2, 3], answer, sample=i)
+        loss_mask = torch.tensor([False, True, False] + [True] * len(answer))
+        samples.append(replace(sample, loss_mask=loss_mask))
+    (m,) = every_micro_batch(pack(samples, micro_batch_size=2))
+    assert m.token_ids.tolist() == [1, 2, 3, 5]
+    assert list(zip(m.predict_rows.tolist(), m.target_ids.tolist(), m.sample_index.tolist(), strict=True)) == [
+        (0, 2, 0),
+        (2, 5, 0),
+        (3, 6, 0),
+        (0, 2, 1),
+        (2, 7, 1),
+    ]
