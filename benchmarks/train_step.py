@@ -10,7 +10,6 @@ position, AdamW. All three make the same gradient, which is checked first, from 
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from benchmarks import machine
 from benchmarks.check import WrongOutput
 from benchmarks.grpo.work import EPS_CLIP, LEARNING_RATE, MAX_GRAD_NORM, StepWork
 from benchmarks.measure import Timing, profile_once, summarize, time_once
-from benchmarks.models import PAD_ID, SHAPES, ModelShape, build_model, twin_on_same_weights
+from benchmarks.models import PAD_ID, SHAPES, ModelShape, build_model
 from benchmarks.report import RESULTS, Report, rate
 from benchmarks.workload import LengthRange, draw_tokens
 from skyrl_train.algorithms.objective import PolicyObjective
@@ -47,6 +46,8 @@ TOY = ModelShape(
 )
 ALL_SHAPES = {TOY.name: TOY, **SHAPES}
 MODES = ("shared", "unshared", "padded")
+MAX_PADDED_LOGITS_BYTES = 2 << 30
+"""Of one padded micro-batch in float32; several copies of them are alive at once."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 Update = Callable[[], float]
 """One update; returns the gradient's norm."""
@@ -82,18 +83,20 @@ def main(argv: Sequence[str] | None = None) -> dict[str, list[Timing]]:
     stem = f"train-step-{args.shape}-{args.prompts}x{args.samples}-{machine.slug(args.device)}"
     report = Report(f"One policy update: {args.prompts} prompts x {args.samples} samples, {args.shape}", stem, args.out)
     report.log(str(work))
-    model = build_model(shape, attn_implementation="sdpa", device=args.device, dtype=args.dtype, seed=args.seed)
     updates: dict[str, Update] = {}
     num_rows: dict[str, int] = {}
     for mode in args.modes:
+        attention = "sdpa" if mode == "padded" else ATTENTION_NAME
+        model = build_model(shape, attn_implementation=attention, device=args.device, dtype=args.dtype, seed=args.seed)
         if mode == "padded":
             num_rows[mode] = len(samples) * max(len(sample.token_ids) for sample in samples)
-            updates[mode] = padded_update(copy.deepcopy(model), samples, args.micro_batch_tokens)
+            max_rows = min(args.micro_batch_tokens, MAX_PADDED_LOGITS_BYTES // (4 * shape.vocab_size))
+            report.log(f"padded: micro-batches of up to {max_rows} rows")
+            updates[mode] = padded_update(model, samples, max_rows)
         else:
-            ours = copy.deepcopy(twin_on_same_weights(model, attn_implementation=ATTENTION_NAME))
             batch = pack(samples, max_tokens_per_micro_batch=args.micro_batch_tokens, share_prefix=mode == "shared")
             num_rows[mode] = sum(len(m.token_ids) for m in batch.micro_batches[0])
-            updates[mode] = packed_update(ours, samples, args.micro_batch_tokens, share_prefix=mode == "shared")
+            updates[mode] = packed_update(model, samples, args.micro_batch_tokens, share_prefix=mode == "shared")
     norms = {mode: update() for mode, update in updates.items()}
     report.log("; ".join(f"{mode}: gradient norm {norm:.6f}" for mode, norm in norms.items()))
     if max(norms.values()) - min(norms.values()) > TOLERANCE[args.dtype] * max(norms.values()):

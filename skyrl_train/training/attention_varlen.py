@@ -24,10 +24,21 @@ def varlen_is_available(device: torch.device, dtype: torch.dtype) -> bool:
     if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
         return False
     try:
-        from torch.nn.attention.varlen import varlen_attn
+        return {"scale", "window_size"} <= _parameters()
     except ImportError:
         return False
-    return {"scale", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+@cache
+def _grouped_queries() -> dict[str, Any]:
+    """Fewer key than query heads: newer torch asks for a flag, older just computes it."""
+    return {"enable_gqa": True} if "enable_gqa" in _parameters() else {}
+
+
+def _parameters() -> frozenset[str]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 class VarlenAttention:
@@ -56,9 +67,6 @@ class VarlenAttention:
 
         if self._kv_rows is not None:
             key, value = (_TakeRows.apply(x, self._kv_rows) for x in (key, value))  # type: ignore[no-untyped-call]
-        if key.shape[1] != query.shape[1]:
-            repeats = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
         window = self._max_k if sliding_window is None else sliding_window
         out = varlen_attn(
             query.contiguous(),
@@ -70,6 +78,7 @@ class VarlenAttention:
             self._max_k,
             scale=scaling,
             window_size=(-1 if window >= self._max_k else window - 1, 0),
+            **_grouped_queries(),
         )
         assert isinstance(out, torch.Tensor)  # a pair only when auxiliary results are asked for
         return out

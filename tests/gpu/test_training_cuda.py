@@ -45,7 +45,7 @@ def test_varlen_equals_the_explicit_mask(window: int | None, head_size: int) -> 
     wanted = outputs(ReferenceAttention(micro_batch, device=CPU), CPU, torch.float64)
     found = outputs(VarlenAttention(micro_batch, device=CUDA), CUDA, torch.bfloat16)
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02 * float(b.abs().max()) + 1e-5)
 
 
 def test_the_backend_follows_the_dtype() -> None:
@@ -96,4 +96,4 @@ def test_bfloat16_steps_keep_the_tensors_and_resume(tmp_path: Path) -> None:
     again.load(tmp_path)
     update_policy(again, [batch], objective)
     for a, b in zip(model.parameters(), again.model.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-3)
+        torch.testing.assert_close(a, b, rtol=0, atol=2**-7)  # one step of bfloat16 at 1
