@@ -141,6 +141,9 @@ async def evaluate(job: Job, step: int) -> dict[str, float]:
             run_seed=job.seed,
             max_failed_frac=job.max_failed_frac,
         )
+    # What comes next must not depend on whether this evaluation ran in this process or before a resume: a prefix
+    # from the cache and one that is computed may differ in the last bit.
+    await job.engine.flush_cache()
     job.log.evaluation(step, rollouts)
     rewards = [trajectory.reward for trajectory in rollouts.trajectories]
     lengths = rollouts.metrics()

@@ -106,6 +106,10 @@ class Engine(Protocol):
         """Only while paused; all or nothing; flushes the prefix cache once; then serves as `update.version`."""
         ...
 
+    async def flush_cache(self) -> None:
+        """Forget cached prefixes. Only while no request runs. Raises RequestRejected otherwise."""
+        ...
+
     async def sleep(self, release: Sequence[Occupant]) -> None:
         """Give memory back. Only when drained."""
         ...

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -72,14 +73,16 @@ class Agent:
         except (EngineError, asyncio.CancelledError):
             raise
         except Exception as exc:  # one trajectory is the boundary: it is logged here and counted by the caller
-            logger.exception("trajectory %s failed in environment %r", trajectory_id, prompt.environment)
+            at = traceback.extract_tb(exc.__traceback__)[-1]
+            error = f"{type(exc).__name__}: {exc} (at {at.filename}:{at.lineno})"
+            logger.warning("trajectory %s failed in environment %r: %s", trajectory_id, prompt.environment, error)
             rewards += [0.0] * (len(turns) - len(rewards))
             return Trajectory(
                 id=trajectory_id,
                 turns=tuple(turns),
                 rewards=tuple(rewards),
                 status="failed",
-                error=f"{type(exc).__name__}: {exc}",
+                error=error,
             )
         return Trajectory(id=trajectory_id, turns=tuple(turns), rewards=tuple(rewards), status=_status(turns[-1]))
 

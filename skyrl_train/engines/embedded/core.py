@@ -225,13 +225,13 @@ class EngineCore:
         del self._by_id[state.request.request_id]
         return Finished(state=state, completion=to_completion(state, reason, stop_reason))
 
-    def answer_so_far(self, state: RequestState) -> tuple[tuple[int, ...], tuple[float, ...]]:
-        """Tokens and log-probabilities of an open request."""
+    def answer_so_far(self, state: RequestState, begin: int = 0) -> tuple[tuple[int, ...], tuple[float, ...]]:
+        """Tokens and log-probabilities of an open request's answer, from token `begin` on."""
         tokens, logprobs = state.tokens, state.logprobs
         if state.seat != NO_SEAT:
             length = self._seats.length[state.seat]
             tokens, logprobs = self._seats.tokens[state.seat, :length], self._seats.logprobs[state.seat, :length]
-        start = state.num_prompt_tokens
+        start = state.num_prompt_tokens + begin
         return tuple(tokens[start:].tolist()), tuple(logprobs[start:].tolist())
 
     # -- control
@@ -280,6 +280,14 @@ class EngineCore:
         self.scheduler.cache.flush()
         self.policy_version = update.version
         self.weights_are_whole = True
+
+    def flush_cache(self) -> None:
+        """Forget cached prefixes. Raises RequestRejected while requests hold some."""
+        if self.scheduler.num_running:
+            raise RequestRejected(
+                f"engine {self.info.name}: {self.scheduler.num_running} requests run on cached prefixes; wait or pause"
+            )
+        self.scheduler.cache.flush()
 
     # -- figures
 

@@ -34,6 +34,14 @@ class StreamedTokens:
     logprobs: tuple[float, ...]
     completion: Completion | None = None
 
+    def joined(self, following: StreamedTokens) -> StreamedTokens:
+        """This piece and the next one as one."""
+        return StreamedTokens(
+            token_ids=self.token_ids + following.token_ids,
+            logprobs=self.logprobs + following.logprobs,
+            completion=following.completion,
+        )
+
 
 @dataclass(eq=False, kw_only=True)
 class _Caller:
@@ -42,8 +50,11 @@ class _Caller:
     loop: asyncio.AbstractEventLoop
     done: asyncio.Future[Completion]
     state: RequestState | None = None
-    pieces: asyncio.Queue[StreamedTokens | EngineUnavailable] | None = None
+    pieces: _Pieces | None = None
     num_sent: int = 0
+
+
+_Pieces = asyncio.Queue[StreamedTokens | EngineUnavailable]
 
 
 class EmbeddedEngine:
@@ -62,6 +73,8 @@ class EmbeddedEngine:
         self.core = EngineCore(model, tokenizer, config=config, name=name, policy_version=policy_version)
         self._callers: dict[str, _Caller] = {}
         self._streams: dict[str, _Caller] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Pieces, StreamedTokens]]] = {}
+        """Pieces of this step, by the loop that reads them: a loop is woken once a step, not once a piece."""
         self._drained: list[asyncio.Future[None]] = []
         self._failure: BaseException | None = None
         self._closed = False
@@ -89,12 +102,23 @@ class EmbeddedEngine:
             self._leave(request.request_id, caller)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[StreamedTokens, None]:
-        """Like `generate`, in pieces as they are sampled; leaving the iteration aborts the request."""
+        """Like `generate`, in pieces as they are sampled; leaving the iteration aborts the request.
+
+        Steps that were made while the reader was busy come as one piece: a slow reader has less to do, not more.
+        """
         caller = await self._submit(request, streams=True)
-        assert caller.pieces is not None
+        pieces = caller.pieces
+        assert pieces is not None
         try:
             while True:
-                piece = await caller.pieces.get()
+                piece = await pieces.get()
+                while isinstance(piece, StreamedTokens) and not pieces.empty():
+                    following = pieces.get_nowait()
+                    if isinstance(following, EngineUnavailable):
+                        yield piece
+                        piece = following
+                    else:
+                        piece = piece.joined(following)
                 if isinstance(piece, EngineUnavailable):
                     raise piece
                 yield piece
@@ -169,6 +193,9 @@ class EmbeddedEngine:
     async def close_session(self, session_id: str) -> None:
         raise RequestRejected(f"engine {self.info.name} has no sessions; {session_id!r} was never open")
 
+    async def flush_cache(self) -> None:
+        await self._driver.call(self.core.flush_cache)
+
     async def sleep(self, release: Sequence[Occupant]) -> None:
         raise RequestRejected(f"engine {self.info.name} can't sleep")
 
@@ -208,23 +235,33 @@ class EmbeddedEngine:
             if caller is None:
                 continue
             if caller.pieces is not None:
-                self._send(caller, item.completion.token_ids, item.completion.logprobs, item.completion)
+                completion, sent = item.completion, caller.num_sent
+                self._send(caller, completion.token_ids[sent:], completion.logprobs[sent:], completion)
             _on_loop(caller.loop, caller.done, item.completion)
+        self._flush_outbox()
 
     def _send_pieces(self) -> None:
         for caller in self._streams.values():
             assert caller.state is not None
-            tokens, logprobs = self.core.answer_so_far(caller.state)
-            if len(tokens) > caller.num_sent:
+            tokens, logprobs = self.core.answer_so_far(caller.state, caller.num_sent)
+            if tokens:
                 self._send(caller, tokens, logprobs, None)
+        self._flush_outbox()
 
     def _send(
         self, caller: _Caller, tokens: tuple[int, ...], logprobs: tuple[float, ...], completion: Completion | None
     ) -> None:
+        """tokens and logprobs: those after the first `num_sent`."""
         assert caller.pieces is not None
-        begin, caller.num_sent = caller.num_sent, len(tokens)
-        piece = StreamedTokens(token_ids=tokens[begin:], logprobs=logprobs[begin:], completion=completion)
-        caller.loop.call_soon_threadsafe(caller.pieces.put_nowait, piece)
+        caller.num_sent += len(tokens)
+        piece = StreamedTokens(token_ids=tokens, logprobs=logprobs, completion=completion)
+        self._outbox.setdefault(caller.loop, []).append((caller.pieces, piece))
+
+    def _flush_outbox(self) -> None:
+        outbox, self._outbox = self._outbox, {}
+        for loop, pieces in outbox.items():
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(_put_all, pieces)
 
     def _forget(self, request_id: str) -> _Caller | None:
         self._streams.pop(request_id, None)
@@ -266,6 +303,11 @@ class EmbeddedEngine:
             command()
 
         return run
+
+
+def _put_all(pieces: list[tuple[_Pieces, StreamedTokens]]) -> None:
+    for queue, piece in pieces:
+        queue.put_nowait(piece)
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, future: asyncio.Future[Any], outcome: object) -> None:
