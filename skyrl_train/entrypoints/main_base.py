@@ -6,6 +6,7 @@ Exit codes: 0 done; 2 the configuration can't run as written or not on this mach
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,7 +22,7 @@ def read_command(argv: Sequence[str]) -> LoadedConfig | int:
     try:
         loaded = load_config(argv)
         if loaded.help or loaded.explain:
-            print(render_explain(loaded))
+            print(render_explain(loaded), flush=True)
             return 0
         for warning in loaded.warnings:
             print(f"warning: {warning}", file=sys.stderr)
@@ -37,7 +38,11 @@ def read_command(argv: Sequence[str]) -> LoadedConfig | int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train as the command line says; returns the exit code."""
-    loaded = read_command(sys.argv[1:] if argv is None else argv)
+    try:
+        loaded = read_command(sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:  # `--explain | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     if isinstance(loaded, int):
         return loaded
     # torch and transformers take seconds to import: only once the configuration is known to run here.
