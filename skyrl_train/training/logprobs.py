@@ -90,11 +90,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
         num_rows: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dtype = torch.promote_types(weight.dtype, torch.float32)
+        ctx.kernels = kernels = _kernels(hidden, transform, dtype)
+        scale = transform.scale / temperature
         logprobs = torch.empty(len(target_ids), dtype=dtype, device=hidden.device)
         entropy = torch.empty_like(logprobs)
         lse = torch.empty_like(logprobs)
         for start in range(0, len(target_ids), num_rows):
             rows = slice(start, start + num_rows)
+            if kernels is not None:
+                logits = F.linear(hidden[rows], weight, bias)
+                logprobs[rows], entropy[rows], lse[rows] = kernels.logprobs_of(logits, target_ids[rows], scale)
+                continue
             z = transform(_raw_logits(hidden[rows], weight, bias, dtype)).div_(temperature)
             lse[rows] = torch.logsumexp(z, dim=-1)
             logp = z.sub_(lse[rows, None])
@@ -118,20 +124,19 @@ class _ChunkedLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=lse.dtype) if bias is not None and needs_bias else None
         for start in range(0, len(target_ids), ctx.num_rows):
             rows = slice(start, start + ctx.num_rows)
-            logits = ctx.transform(_raw_logits(hidden[rows], weight, bias, lse.dtype))
-            logp = (logits / ctx.temperature).sub_(lse[rows, None])
-            grad_z = torch.exp(logp)
-            if grad_entropy is None:
-                grad_z.mul_(-grad_logprobs[rows, None])
+            if ctx.kernels is not None:
+                grad_out = grad_raw = ctx.kernels.gradient_in_place(
+                    F.linear(hidden[rows], weight, bias),
+                    target_ids[rows],
+                    torch.zeros_like(lse[rows]) if grad_logprobs is None else grad_logprobs[rows].contiguous(),
+                    None if grad_entropy is None else grad_entropy[rows].contiguous(),
+                    entropy[rows],
+                    lse[rows],
+                    ctx.transform.scale / ctx.temperature,
+                )
             else:
-                by_entropy = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-                if grad_logprobs is not None:
-                    by_entropy.add_(grad_logprobs[rows, None])
-                grad_z.mul_(by_entropy).neg_()
-            if grad_logprobs is not None:
-                grad_z.scatter_add_(1, target_ids[rows, None], grad_logprobs[rows, None])
-            grad_raw = ctx.transform.backward(grad_z.div_(ctx.temperature), logits)
-            grad_out = grad_raw.to(hidden.dtype)
+                grad_raw = _reference_gradient(ctx, rows, grad_logprobs, grad_entropy)
+                grad_out = grad_raw.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = grad_out @ weight
             if grad_weight is not None:
@@ -147,6 +152,38 @@ class _ChunkedLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _kernels(hidden: torch.Tensor, transform: LogitTransform, dtype: torch.dtype) -> Any:
+    """The fused kernels' module where they apply: a GPU, no cap on the logits, float32 arithmetic."""
+    if hidden.device.type != "cuda" or transform.softcap is not None or dtype != torch.float32:
+        return None
+    # Triton is needed from here on, and only here.
+    from skyrl_train.training import triton_logprobs
+
+    return triton_logprobs
+
+
+def _reference_gradient(
+    ctx: Any, rows: slice, grad_logprobs: torch.Tensor | None, grad_entropy: torch.Tensor | None
+) -> torch.Tensor:
+    """The gradient for a chunk of the head's output, in the arithmetic's type."""
+    hidden, weight, bias, target_ids, lse, entropy = ctx.saved_tensors
+    logits: torch.Tensor = ctx.transform(_raw_logits(hidden[rows], weight, bias, lse.dtype))
+    logp = (logits / ctx.temperature).sub_(lse[rows, None])
+    grad_z = torch.exp(logp)
+    if grad_entropy is None:
+        assert grad_logprobs is not None
+        grad_z.mul_(-grad_logprobs[rows, None])
+    else:
+        by_entropy = logp.add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
+        if grad_logprobs is not None:
+            by_entropy.add_(grad_logprobs[rows, None])
+        grad_z.mul_(by_entropy).neg_()
+    if grad_logprobs is not None:
+        grad_z.scatter_add_(1, target_ids[rows, None], grad_logprobs[rows, None])
+    gradient: torch.Tensor = ctx.transform.backward(grad_z.div_(ctx.temperature), logits)
+    return gradient
 
 
 def _raw_logits(
