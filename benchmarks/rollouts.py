@@ -97,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
                 agreements[mode][contestant.name] = agreement
         for i in range(args.repetitions):
             for contestant in running(contestants):
+                contestant.runner.prepare(greedy=MODES[mode])
                 timing = time_once(partial(run, contestant.runner, requests, mode), args.device)
                 report.log(f"{contestant.name}, {mode}, repetition {i}: {timing}")
                 contestant.timings.setdefault(mode, []).append(timing)
@@ -105,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
             speed = rate(num_new_tokens(requests), seconds)
             contestant.headline[mode] = f"{speed} tokens/s, {limit.seconds / seconds:.1%} of the limit"
     for contestant in running(contestants) if args.profile else ():
+        contestant.runner.prepare(greedy=MODES[args.modes[-1]])
         text = profile_once(partial(run, contestant.runner, requests, args.modes[-1]), args.device)
         report.log(f"{contestant.name}, {args.modes[-1]}, by operator:\n{text}")
     for contestant in contestants:
@@ -134,6 +136,7 @@ def tuned(
     def seconds(sampler: Sampler) -> float:
         try:
             warm_up(sampler, requests, "sampled")
+            sampler.prepare(greedy=False)
             timing = time_once(partial(run, sampler, requests, "sampled"), args.device)
         finally:
             sampler.close()

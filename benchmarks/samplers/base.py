@@ -19,7 +19,7 @@ class Sampler(Protocol):
     num_threads: int
 
     def prepare(self, *, greedy: bool) -> None:
-        """Set-up for a mode that is not to be timed."""
+        """Before each run, not timed: set-up for the mode, and nothing kept from an earlier run."""
         ...
 
     def run(self, requests: Sequence[Request], *, greedy: bool) -> list[Output]: ...

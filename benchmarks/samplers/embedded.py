@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from benchmarks.workload import Output, Request
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
-from skyrl_train.types import GenerateRequest, SamplingParams
+from skyrl_train.types import GenerateRequest, LocalWeights, SamplingParams, WeightUpdate
+from skyrl_train.weight_sync.sync import sync_weights
 
 
 class EmbeddedSampler:
@@ -31,7 +32,7 @@ class EmbeddedSampler:
         self._engine = EmbeddedEngine(model, None, config=self._config)
 
     def prepare(self, *, greedy: bool) -> None:
-        pass
+        self._runner.run(self._forget_prefixes())
 
     def run(self, requests: Sequence[Request], *, greedy: bool) -> list[Output]:
         return self._runner.run(self._run(requests, greedy))
@@ -39,6 +40,11 @@ class EmbeddedSampler:
     def close(self) -> None:
         self._runner.run(self._engine.close())
         self._runner.close()
+
+    async def _forget_prefixes(self) -> None:
+        """The same prompts come again in the next repetition; they must not be served from the cache."""
+        version = (await self._engine.stats()).policy_version
+        await sync_weights(self._engine, WeightUpdate(version=version, source=LocalWeights()))
 
     async def _run(self, requests: Sequence[Request], greedy: bool) -> list[Output]:
         completions = await asyncio.gather(
@@ -57,4 +63,7 @@ class EmbeddedSampler:
                 for i, request in enumerate(requests)
             )
         )
+        # Two random prompts may begin with the same token; whole prompts would be those of the run before.
+        cached = sum(c.num_cached_tokens for c in completions)
+        assert cached <= 2 * len(requests), f"{cached} prompt tokens came from the cache of an earlier run"
         return [Output(token_ids=c.token_ids, logprobs=c.logprobs) for c in completions]
