@@ -17,12 +17,14 @@ import numpy.typing as npt
 import torch
 
 from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
+from skyrl_train.engines.embedded.backends import native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.stops import completed_stop
+from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import derived_seed
 from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights
 from skyrl_train.errors import RequestRejected, WeightUpdateError
@@ -56,8 +58,10 @@ class EngineCore:
         policy_version: int = 0,
     ) -> None:
         model_config: Any = model.config
-        layers = probe_layers(model)
         device = next(model.parameters()).device
+        native = native_or_warn(device)
+        inference_model = InferenceModel(model, native)
+        layers = probe_layers(inference_model)
         self.context_len = resolve_context_len(config, model_config)
         pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device), device)
         self.info = EngineInfo(
@@ -77,7 +81,7 @@ class EngineCore:
         self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
         self.scheduler = Scheduler(config, self._seats, pool)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
-        self._runner = make_runner(model, config, layers, pool, self._seats, max_rows)
+        self._runner = make_runner(inference_model, native, config, layers, pool, self._seats, max_rows)
         self._pending: PendingTokens | None = None
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0
@@ -276,6 +280,7 @@ class EngineCore:
                 copy_disk_weights(self._model, plan)
             except Exception as exc:
                 raise WeightUpdateError(f"engine {name}: {update.source.path} was copied only in part: {exc}") from exc
+        self._runner.weights_changed()
         self.scheduler.retract_all()
         self.scheduler.cache.flush()
         self.policy_version = update.version

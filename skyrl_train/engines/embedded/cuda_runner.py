@@ -28,6 +28,7 @@ from skyrl_train.engines.embedded.sampler import Sampler
 from skyrl_train.engines.embedded.scheduler import StepPlan
 from skyrl_train.engines.embedded.triton_attention import choose_num_splits, ragged_paged_attention, rows_per_block
 from skyrl_train.engines.embedded.triton_sampler import sample_rows
+from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import uniforms
 
 NUM_UPLOADS_IN_TURN = 3
@@ -124,8 +125,8 @@ class CudaRunner:
 
     lags = True
 
-    def __init__(self, model: torch.nn.Module, pool: KVPool, seats: Seats) -> None:
-        self.device = next(model.parameters()).device
+    def __init__(self, model: InferenceModel, pool: KVPool, seats: Seats) -> None:
+        self.device = next(model.original.parameters()).device
         self.pool = pool
         self.padding_seat = seats.num_seats
         self.graph_memory = torch.cuda.graph_pool_handle()
@@ -147,6 +148,10 @@ class CudaRunner:
         self._num_launched = 0
 
     # -- the Runner's side
+
+    def weights_changed(self) -> None:
+        if self._model.refresh():
+            self._graphs.clear()  # they call the modules that are gone
 
     def must_settle(self) -> bool:
         seats = self._seats

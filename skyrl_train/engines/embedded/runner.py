@@ -6,6 +6,7 @@ meanwhile. Here, on the CPU, nothing is gained by that, and the tokens are there
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,12 +16,13 @@ import torch
 
 from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.engines.embedded.attention import AttentionBackend, PagedBatch, PagedContext, ShapeProbe
-from skyrl_train.engines.embedded.backends import make_backend, native_or_warn
+from skyrl_train.engines.embedded.backends import make_backend
 from skyrl_train.engines.embedded.config import EmbeddedConfig, KVShape
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
 from skyrl_train.engines.embedded.sampler import Sampler
 from skyrl_train.engines.embedded.scheduler import StepPlan
+from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.errors import ConfigError
 
 
@@ -51,9 +53,14 @@ class Runner(Protocol):
         """Whether the next step can't be planned before the tokens in flight are known."""
         ...
 
+    def weights_changed(self) -> None:
+        """The weights were updated in place, and submodules perhaps replaced. Nothing is in flight."""
+        ...
+
 
 def make_runner(
-    model: torch.nn.Module,
+    model: InferenceModel,
+    native: ctypes.CDLL | None,
     config: EmbeddedConfig,
     layers: dict[int, KVShape],
     pool: KVPool,
@@ -61,13 +68,12 @@ def make_runner(
     max_rows: int,
 ) -> Runner:
     """The runner for the model's device; the plain one everywhere when the reference attention is asked for."""
-    device = next(model.parameters()).device
+    device = next(model.original.parameters()).device
     if device.type == "cuda" and config.attention_backend != "reference":
         # Triton is needed from here on, and only here.
         from skyrl_train.engines.embedded.cuda_runner import CudaRunner
 
         return CudaRunner(model, pool, seats)
-    native = native_or_warn(device)
     backend = make_backend(config.attention_backend, device, layers, native)
     return ModelRunner(model, backend, Sampler(native), pool, seats, max_rows)
 
@@ -90,7 +96,7 @@ class ModelRunner:
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: InferenceModel,
         backend: AttentionBackend,
         sampler: Sampler,
         pool: KVPool,
@@ -112,6 +118,9 @@ class ModelRunner:
 
     def must_settle(self) -> bool:
         return False
+
+    def weights_changed(self) -> None:
+        self._model.refresh()
 
     def launch(self, plan: StepPlan) -> ReadyTokens | None:
         logits = self.logits(plan)
@@ -174,23 +183,21 @@ class ModelRunner:
         return batch, 0 if len(sample_rows) == total else torch.tensor(sample_rows, dtype=torch.long)
 
 
-def probe_layers(model: torch.nn.Module) -> dict[int, KVShape]:
+def probe_layers(model: InferenceModel) -> dict[int, KVShape]:
     """What each attention layer caches, found by running one token through the model.
 
-    Raises ConfigError where the model can't be served: another attention implementation, active dropout, layers
-    that keep state elsewhere.
+    Raises ConfigError where the model can't be served: another attention implementation, layers that keep state
+    elsewhere.
     """
-    config: Any = model.config
+    original = model.original
+    config: Any = original.config
     implementation = config.get_text_config()._attn_implementation
     if implementation != ATTENTION_NAME:
         raise ConfigError(
             f"embedded engine: the model was loaded with attn_implementation={implementation!r}; "
             f"load it with attn_implementation={ATTENTION_NAME!r}"
         )
-    has_dropout = any(isinstance(part, torch.nn.Dropout) and part.p > 0 for part in model.modules())
-    if model.training and (has_dropout or config.get_text_config().to_dict().get("attention_dropout")):
-        raise ConfigError("embedded engine: the model is in training mode and has dropout; set its dropout to 0")
-    device = next(model.parameters()).device
+    device = next(original.parameters()).device
     probe = ShapeProbe()
     token = torch.zeros((1, 1), dtype=torch.long, device=device)
     with torch.inference_mode():
@@ -198,7 +205,7 @@ def probe_layers(model: torch.nn.Module) -> dict[int, KVShape]:
     expected = config.get_text_config().num_hidden_layers
     if len(probe.layers) != expected:
         raise ConfigError(
-            f"embedded engine: {type(model).__name__} has {expected} layers, of which {len(probe.layers)} are standard "
-            "attention; state-space and other recurrent layers can't be served"
+            f"embedded engine: {type(original).__name__} has {expected} layers, of which {len(probe.layers)} are "
+            "standard attention; state-space and other recurrent layers can't be served"
         )
     return probe.layers

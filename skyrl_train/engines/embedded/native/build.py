@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "sampling.c")
+SOURCES = ("attention.c", "sampling.c", "elementwise.c")
 HEADERS = ("vector.h",)
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),

@@ -1,0 +1,56 @@
+/* Parts of a transformer layer that are a dozen memory-bound operations in PyTorch, one pass each; float32. */
+#include <math.h>
+
+#include "vector.h"
+
+#define PARALLEL_FROM 32768 /* floats: below, waking the other threads costs more than it saves */
+
+/* out[r] = (weight + offset) * x[r] / rms(x[r]); x and out [rows, dim], dim a multiple of LANES */
+void rms_norm(const float *x, const float *weight, float *out, int64_t rows, int64_t dim, float eps, float offset,
+              int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && rows * dim >= PARALLEL_FROM)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *from = x + r * dim;
+        float *to = out + r * dim;
+        vec squares = splat(0);
+        for (int64_t d = 0; d < dim; d += LANES) {
+            vec v = load(from + d);
+            squares += v * v;
+        }
+        const float scale = 1.0f / sqrtf(sum1(squares) / (float)dim + eps);
+        for (int64_t d = 0; d < dim; d += LANES) store(to + d, (load(weight + d) + offset) * (load(from + d) * scale));
+    }
+}
+
+/* Rotary embedding in halves: out = x * cos + concat(-x2, x1) * sin.
+ * x [T, heads, dim] with strides, out [T, heads, dim], cos and sin [T, dim]; dim / 2 a multiple of LANES. */
+void rotate(const float *x, int64_t row_stride, int64_t head_stride, float *out, int64_t rows, int64_t heads, int64_t dim,
+            const float *cosine, const float *sine, int32_t num_threads) {
+    const int64_t half = dim / 2;
+#pragma omp parallel for schedule(static) num_threads(num_threads) \
+    if (num_threads > 1 && rows * heads * dim >= PARALLEL_FROM)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *c = cosine + r * dim, *s = sine + r * dim;
+        for (int64_t h = 0; h < heads; h++) {
+            const float *from = x + r * row_stride + h * head_stride;
+            float *to = out + (r * heads + h) * dim;
+            for (int64_t d = 0; d < half; d += LANES) {
+                vec a = load(from + d), b = load(from + half + d);
+                store(to + d, a * load(c + d) - b * load(s + d));
+                store(to + half + d, b * load(c + half + d) + a * load(s + half + d));
+            }
+        }
+    }
+}
+
+/* gate = silu(gate) * up, n numbers, a multiple of LANES */
+void silu_times(float *gate, const float *up, int64_t n, int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n >= PARALLEL_FROM)
+    for (int64_t i = 0; i < n; i += LANES) {
+        vec x = load(gate + i);
+        ivec negative = x < splat(0);
+        vec e = vexp(choose(negative, x, -x));
+        vec sigmoid = choose(negative, e, splat(1.0f)) / (e + 1.0f);
+        store(gate + i, x * sigmoid * load(up + i));
+    }
+}

@@ -1,0 +1,99 @@
+"""A second view of the trainer's module, for inference: the same parameters, parts of it in faster form.
+
+    trainer's module      Layer -- Attention -- q_proj ...      Norm          MLP
+                            :         :           :    \\          :  \\          :  \\
+    twin                  Layer'-- Attention'-- q_proj'  same   Fused  same   Fused same
+                                                      parameters      weight       projections
+
+The twin is always in evaluation mode, whatever mode the trainer's module is in. The original is never changed: not
+its modules, its mode, or its globals. Parameters are found through the original's own dictionaries, so assigning a new
+Parameter there is seen here; replacing whole submodules is not, until `refresh`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from types import FunctionType
+from typing import Any
+
+from torch import nn
+
+from skyrl_train.engines.embedded.fused import Kernels, as_gated_mlp, as_rms_norm, as_rotary
+
+ROTARY = "apply_rotary_pos_emb"
+"""transformers' attention modules look this function up in their file's globals."""
+
+
+class InferenceModel:
+    """The trainer's module and its twin. Without native kernels the twin differs in mode only."""
+
+    def __init__(self, original: nn.Module, native: ctypes.CDLL | None) -> None:
+        self.original = original
+        self._native = native
+        self._build()
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.twin(**inputs)
+
+    def refresh(self) -> bool:
+        """Build the twin again if submodules were replaced since; whether they were."""
+        if _fingerprint(self.original) == self._fingerprint:
+            return False
+        self._build()
+        return True
+
+    def _build(self) -> None:
+        self._fingerprint = _fingerprint(self.original)
+        self.twin = _TwinBuilder(None if self._native is None else Kernels(self._native)).twin(self.original)
+
+
+def _fingerprint(model: nn.Module) -> tuple[int, ...]:
+    """Changes when a submodule is added, replaced or removed."""
+    return tuple(id(module) for module in model.modules())
+
+
+class _TwinBuilder:
+    def __init__(self, kernels: Kernels | None) -> None:
+        self._kernels = kernels
+        self._made: dict[int, nn.Module] = {}
+        self._classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+    def twin(self, module: nn.Module) -> nn.Module:
+        """Modules that are used twice have one twin."""
+        if id(module) not in self._made:
+            self._made[id(module)] = self._build(module)
+        return self._made[id(module)]
+
+    def _build(self, module: nn.Module) -> nn.Module:
+        kernels = self._kernels
+        fused_norm = None if kernels is None else as_rms_norm(module, kernels)
+        if fused_norm is not None:
+            fused_norm.training = False  # not eval(): that would reach the original inside
+            return fused_norm
+        copy = object.__new__(self._class_of(type(module)))
+        children = {name: None if child is None else self.twin(child) for name, child in module._modules.items()}
+        # The children stand in __dict__ too: nn.Module's own lookup is several times slower.
+        copy.__dict__ = {**module.__dict__, **children, "_modules": children, "training": False}
+        fused_mlp = None if kernels is None else as_gated_mlp(copy, kernels)
+        if fused_mlp is None:
+            return copy
+        fused_mlp.training = False
+        return fused_mlp
+
+    def _class_of(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """The class itself, or one whose forward calls the fused rotary embedding."""
+        if kind not in self._classes:
+            self._classes[kind] = self._with_fused_rotary(kind)
+        return self._classes[kind]
+
+    def _with_fused_rotary(self, kind: type[nn.Module]) -> type[nn.Module]:
+        forward: Any = kind.forward
+        if self._kernels is None or not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+            return kind
+        fused = as_rotary(forward.__globals__[ROTARY], self._kernels)
+        if fused is None:
+            return kind
+        scope = {**forward.__globals__, ROTARY: fused}
+        changed = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+        changed.__kwdefaults__ = forward.__kwdefaults__
+        return type(kind.__name__, (kind,), {"forward": changed, "__module__": kind.__module__})
