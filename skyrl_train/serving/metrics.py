@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -75,6 +75,7 @@ class ServingMetrics:
         self.registry = CollectorRegistry()
         self._engine = EngineFigures(engine_name)
         self.registry.register(self._engine)
+        ProcessCollector(registry=self.registry)
         self.http_requests = Counter(
             "skyrl_http_requests",
             f"Answered HTTP requests; status {CLIENT_GONE_STATUS} is a client that hung up.",
@@ -147,7 +148,10 @@ class OpenAnswers:
 
 
 class TokenClock:
-    """When the tokens of one streamed answer came. A piece of several tokens counts as that many equal waits."""
+    """When the tokens of one streamed answer came.
+
+    A piece of several tokens counts as that many equal waits, but in the first piece they came with the first token.
+    """
 
     def __init__(self, first: Histogram, between: Histogram, arrived_at: float) -> None:
         self._first = first
@@ -163,7 +167,7 @@ class TokenClock:
         if not self._started:
             self._started = True
             self._first.observe(waited)
-            return
+            count, waited = count - 1, 0.0
         for _ in range(count):
             self._between.observe(waited / count)
 

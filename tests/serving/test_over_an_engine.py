@@ -237,6 +237,7 @@ async def test_metrics_count_what_was_served(client: httpx.AsyncClient) -> None:
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
     assert found["skyrl_steps_total"] >= 17 and 0 < found["skyrl_kv_used_frac"] < 1
+    assert found["process_cpu_seconds_total"] > 0 and found["process_resident_memory_bytes"] > 2**20
     assert found["skyrl_request_seconds_sum"] >= found["skyrl_time_to_first_token_seconds_sum"] > 0
 
 
