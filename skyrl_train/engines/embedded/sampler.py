@@ -34,6 +34,8 @@ Pick = Callable[[torch.Tensor, torch.Tensor, Floats, Doubles], Picked]
 LANES = 16
 """Of native/vector.h: the scratch rows are padded to it."""
 
+FEW_CANDIDATES = 512
+
 
 class Sampler:
     """`pick` is native where the C kernels can be built; both give the same tokens up to rounding."""
@@ -164,22 +166,54 @@ def truncated(logits: torch.Tensor, table: SamplingTable, chosen: Indices) -> to
     All three look at softmax(logits / temperature). top-p keeps the smallest set of most likely tokens whose
     probability reaches p; min-p drops what is less likely than min_p times the most likely. Equal logits rank by id.
     """
+    result = logits.clone()
     rows = np.nonzero(table.truncates[chosen] & (table.temperature[chosen] > 0))[0]
-    chosen = chosen[rows]
-    part = logits[rows]
+    vocab = logits.shape[-1]
+    # What stays is nearly always among a few hundred tokens; only rows where it isn't are sorted as a whole.
+    widths = (FEW_CANDIDATES, vocab) if vocab > 4 * FEW_CANDIDATES else (vocab,)
+    for width in widths:
+        decided = _truncate_rows(result, logits, rows, table, chosen[rows], width)
+        rows = rows[~decided]
+        if not len(rows):
+            break
+    return result
+
+
+def _truncate_rows(
+    result: torch.Tensor, logits: torch.Tensor, rows: Indices, table: SamplingTable, chosen: Indices, width: int
+) -> npt.NDArray[np.bool_]:
+    """Truncate `rows` of `result`, looking at the `width` largest logits; which rows [n] that was enough for."""
+    part = logits[torch.from_numpy(rows)]
     vocab = part.shape[-1]
     temperature = torch.from_numpy(table.temperature[chosen].astype(np.float64))[:, None]
     top_k = torch.from_numpy(table.top_k[chosen].astype(np.int64))[:, None]
     top_p = torch.from_numpy(table.top_p[chosen].astype(np.float64))[:, None]
     min_p = torch.from_numpy(table.min_p[chosen].astype(np.float64))[:, None]
-    ordered, order = part.sort(dim=-1, descending=True, stable=True)
+    ordered, order = _largest(part, width)
     weights = ((ordered - ordered[:, :1]).double() / temperature).exp()
-    keep = (top_k == 0) | (torch.arange(vocab)[None] < top_k)
+    keep = (top_k == 0) | (torch.arange(width) < top_k)
     weights = weights * keep
+    total = weights.sum(-1, keepdim=True)
+    if width < vocab and ((top_k == 0) & (top_p < 1)).any():
+        everything = ((part - ordered[:, :1]).double() / temperature).exp().sum(-1, keepdim=True)
+        total = torch.where(top_k == 0, everything, total)
     mass_before = weights.cumsum(-1) - weights
-    keep &= (top_p >= 1) | (mass_before < top_p * weights.sum(-1, keepdim=True))
+    keep &= (top_p >= 1) | (mass_before < top_p * total)
     keep &= weights >= min_p
     keep[:, 0] = True
-    result = logits.clone()
-    result[torch.from_numpy(rows)] = torch.empty_like(part).scatter_(-1, order, torch.where(keep, ordered, -torch.inf))
-    return result
+    # Enough: top-k ends within the width, and no token beyond it ties with the last one that stays.
+    last = ordered.gather(-1, keep.sum(-1, keepdim=True) - 1)
+    enough = ((last > ordered[:, -1:]) & (top_k < width))[:, 0] | (width == vocab)
+    rows, order, kept = rows[enough.numpy()], order[enough], torch.where(keep, ordered, -torch.inf)[enough]
+    result[torch.from_numpy(rows)] = torch.full((len(rows), vocab), -torch.inf).scatter_(-1, order, kept)
+    decided: npt.NDArray[np.bool_] = enough.numpy()
+    return decided
+
+
+def _largest(logits: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `width` largest of each row and their ids, in falling order; ties by id."""
+    if width == logits.shape[-1]:
+        return logits.sort(dim=-1, descending=True, stable=True)
+    ids = logits.topk(width, dim=-1, sorted=False).indices.sort(dim=-1).values
+    values, order = logits.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return values, ids.gather(-1, order)

@@ -191,6 +191,32 @@ def test_truncation_keeps_the_tokens_that_transformers_keeps(top_k: int, top_p: 
     assert torch.equal(found[torch.isfinite(found)], logits[torch.isfinite(found)])
 
 
+@pytest.mark.parametrize("spread", [0.0, 0.001, 1.0, 8.0])
+def test_truncation_of_a_large_vocabulary_is_that_of_a_full_sort(spread: float) -> None:
+    """Flat rows need more than a few candidates; rows of equal logits have ties everywhere."""
+    n, vocab = 24, 5000
+    logits = (torch.randn(n, vocab, generator=torch.Generator().manual_seed(2)) * spread).round(decimals=2)
+    seats = seat_all(n)
+    table, rng = seats.sampling, np.random.default_rng(3)
+    table.temperature[:] = rng.choice([0.7, 1.5], n)
+    table.top_k[:] = rng.choice([0, 1, 511, 512, 513, 3000], n)
+    table.top_p[:] = rng.choice([1.0, 0.2, 0.95], n)
+    table.min_p[:] = rng.choice([0.0, 0.05], n)
+    table.truncates[:] = True
+    found = torch.isfinite(truncated(logits, table, np.arange(n)))
+    for row in range(n):
+        k, p, min_p = int(table.top_k[row]), float(table.top_p[row]), float(table.min_p[row])
+        weight = ((logits[row] - logits[row].max()).double() / float(table.temperature[row])).exp().tolist()
+        ranked = sorted(range(vocab), key=lambda i, weight=weight: (-weight[i], i))[: k or vocab]
+        total, mass, kept = sum(weight[i] for i in ranked), 0.0, set()
+        for i in ranked:
+            if (p >= 1 or mass < p * total) and weight[i] >= min_p:
+                kept.add(i)
+            mass += weight[i]
+        # A sum in another order may round differently, at the very edge of top-p.
+        assert len(set(found[row].nonzero()[:, 0].tolist()) ^ kept) <= (1 if p < 1 else 0)
+
+
 def test_equal_logits_are_truncated_to_exactly_k() -> None:
     found = truncated(torch.zeros(1, VOCAB), seat_all(1, top_k=3).sampling, np.array([0]))
     assert torch.isfinite(found)[0].nonzero()[:, 0].tolist() == [0, 1, 2]

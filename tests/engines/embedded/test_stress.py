@@ -1,4 +1,4 @@
-"""A random life of the engine on a tiny pool: after each step every slot has one owner, at the end every answer is right.
+"""A random life of the engine on a tiny pool: after each step every slot has one owner, in the end answers are right.
 
 The reference is the same request, alone, on an engine with room for it: company, cache, chunks, retraction and pauses
 may change nothing but the time.

@@ -184,7 +184,7 @@ def test_a_copy_that_fails_half_way_keeps_the_engine_paused_until_a_whole_update
             return real(self, other)
 
         patched.setattr(torch.Tensor, "copy_", failing)
-        with pytest.raises(WeightUpdateError, match="copied only in part.*input/output error"):
+        with pytest.raises(WeightUpdateError, match=r"copied only in part.*input/output error"):
             core.update_weights(disk(1, new_weights))
     with pytest.raises(WeightUpdateError, match="failed half way"):
         core.resume()
