@@ -24,6 +24,7 @@ from skyrl_train.data.chat import render_prompt
 from skyrl_train.data.rows import PromptRow, read_rows
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
 from skyrl_train.errors import ConfigError
 from skyrl_train.loop import AdvantageFn
@@ -69,7 +70,7 @@ def load_data(config: Config, tokenizer: Any) -> Data:
     return Data(train=train, held_out=held_out, environments={name: find_environment(name) for name in names})
 
 
-def _rows(config: Config, files: Sequence[str], split: str) -> list[PromptRow]:
+def _rows(config: Config, files: Sequence[str], split: Split) -> list[PromptRow]:
     environment = config.environment
     if files:
         return read_rows(
@@ -80,8 +81,6 @@ def _rows(config: Config, files: Sequence[str], split: str) -> list[PromptRow]:
             on_bad_row=config.data.on_bad_row,
         )
     if environment.env_class == "arithmetic":
-        from skyrl_train.environments.arithmetic import arithmetic_rows
-
         sizes = environment.arithmetic
         count = sizes.num_train_prompts if split == "train" else sizes.num_eval_prompts
         return arithmetic_rows(split, count)

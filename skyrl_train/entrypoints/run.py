@@ -37,6 +37,7 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf
 
 logger = logging.getLogger(__name__)
@@ -71,7 +72,11 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
     replace_file(run_dir / "config.yaml", loaded.to_yaml().encode())
     state = RunState(keys, plain(config))
     with Progress(keys.run_name, 0, model=keys.policy.model.path, engine=config.generator.backend) as progress:
-        model_folder = Path(keys.policy.model.path)
+        model_folder = (
+            prepare_builtin(keys.policy.model.path, seed=keys.seed, on_progress=progress.warm_start)
+            if is_builtin(keys.policy.model.path)
+            else Path(keys.policy.model.path)
+        )
         tokenizer = load_tokenizer(model_folder)
         data = load_data(config, tokenizer)
         prompts = PromptStream(
