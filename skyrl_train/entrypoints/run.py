@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import gc
 import logging
 import os
 import signal
@@ -48,7 +49,7 @@ DONE, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 def run(loaded: LoadedConfig) -> int:
     """Train, resume or finish the configured run; returns the exit code."""
     run_dir = Path(loaded.config.trainer.run_path or "")
-    disable_progress_bar()  # transformers' own bars would tear the live view
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own bars would tear the live view
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         with _only_run_in(run_dir):
@@ -137,6 +138,9 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 save=lambda step: state.save(step, learner.trainer, prompts),
                 export=export,
             )
+            # What is built stays: without this the collector walks all of it every few steps.
+            gc.collect()
+            gc.freeze()
             last_step = asyncio.run(_train(job, first_step, progress))
         report = write_report(run_dir)
         progress.message(f"report {report}")

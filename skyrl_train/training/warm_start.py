@@ -1,7 +1,7 @@
 """A short supervised phase: enough to know the form of an answer, not enough to be right.
 
-It stops as soon as about a fifth of a sample of *training* problems are solved. What is held out is never looked at; the
-rest of the way is reinforcement learning's.
+It stops as soon as about a fifth of a sample of *training* problems are solved. What is held out is never looked at;
+the rest of the way is reinforcement learning's.
 """
 
 from __future__ import annotations
