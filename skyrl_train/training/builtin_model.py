@@ -30,7 +30,7 @@ NAMES = ("builtin:arithmetic",)
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WORDS = ("What", "Ġis", "Ġ+", "system", "user", "assistant")
-"""One token each (Ġ is a space in byte-level vocabularies); all other text is spelled in bytes, so anything can be asked."""
+"""One token each (Ġ is a space in byte-level vocabularies); other text is spelled in bytes: anything can be asked."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -104,15 +104,15 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCaus
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """ "What is 23 + 48?" is `What|Ġis|Ġ|2|3|Ġ+|Ġ|4|8|?`.
 
-    For a Qwen2 folder AutoTokenizer rebuilds Qwen2's tokenizer from vocabulary and merges, whatever tokenizer.json says:
-    one of another kind would train well and come back from disk as something else.
+    For a Qwen2 folder AutoTokenizer rebuilds Qwen2's tokenizer from vocabulary and merges, whatever tokenizer.json
+    says: one of another kind would train well and come back from disk as something else.
     """
     merges = list(dict.fromkeys((word[:i], word[i]) for word in WORDS for i in range(1, len(word))))
     tokens = [PAD, START, END, *sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     tokenizer: PreTrainedTokenizerFast = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
-        merges=merges,
-        unk_token=None,
+        merges=merges,  # type: ignore[arg-type]
+        unk_token=None,  # type: ignore[arg-type]
         pad_token=PAD,
         eos_token=END,
         additional_special_tokens=[START],

@@ -49,7 +49,7 @@ def teach_form(
         logits = model(input_ids=token_ids[:, :-1], use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % MEASURE_EVERY == 0:
@@ -58,7 +58,7 @@ def teach_form(
             on_progress(step, step if done else MAX_STEPS, {"loss": loss.item(), "accuracy": accuracy})
             if done:
                 break
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return accuracy
 
 
