@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if isinstance(loaded, int):
         return loaded
+    # OpenMP threads that wait by spinning take the processors from whoever has work: with one busy neighbour on two
+    # cores a step took four times as long. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch and transformers take seconds to import: only once the configuration is known to run here.
     from skyrl_train.entrypoints.run import run
 
