@@ -16,6 +16,7 @@ import ctypes
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from skyrl_train.engines.embedded.fused import Kernels, as_gated_mlp, as_rms_norm, as_rotary
@@ -81,19 +82,41 @@ class _TwinBuilder:
         return fused_mlp
 
     def _class_of(self, kind: type[nn.Module]) -> type[nn.Module]:
-        """The class itself, or one whose forward calls the fused rotary embedding."""
+        """A class with a shorter way into its forward, which calls the fused rotary embedding."""
         if kind not in self._classes:
-            self._classes[kind] = self._with_fused_rotary(kind)
+            changes: dict[str, Any] = {"__module__": kind.__module__}
+            if kind.__call__ is nn.Module.__call__:
+                changes["__call__"] = _call_without_hooks
+            if kind is nn.Linear:
+                changes["forward"] = _linear_forward
+            rotary_forward = self._forward_with_fused_rotary(kind)
+            if rotary_forward is not None:
+                changes["forward"] = rotary_forward
+            self._classes[kind] = type(kind.__name__, (kind,), changes)
         return self._classes[kind]
 
-    def _with_fused_rotary(self, kind: type[nn.Module]) -> type[nn.Module]:
+    def _forward_with_fused_rotary(self, kind: type[nn.Module]) -> FunctionType | None:
         forward: Any = kind.forward
         if self._kernels is None or not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
-            return kind
+            return None
         fused = as_rotary(forward.__globals__[ROTARY], self._kernels)
         if fused is None:
-            return kind
+            return None
         scope = {**forward.__globals__, ROTARY: fused}
         changed = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         changed.__kwdefaults__ = forward.__kwdefaults__
-        return type(kind.__name__, (kind,), {"forward": changed, "__module__": kind.__module__})
+        return changed
+
+
+def _call_without_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """nn.Module's __call__ looks for eight kinds of hooks and costs as much as a small kernel."""
+    if self._forward_hooks or self._forward_pre_hooks:
+        return nn.Module.__call__(self, *args, **kwargs)
+    return self.forward(*args, **kwargs)
+
+
+def _linear_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    parameters = self._parameters
+    weight = parameters["weight"]
+    assert weight is not None
+    return nn.functional.linear(x, weight, parameters["bias"])

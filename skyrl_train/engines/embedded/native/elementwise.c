@@ -22,22 +22,31 @@ void rms_norm(const float *x, const float *weight, float *out, int64_t rows, int
     }
 }
 
-/* Rotary embedding in halves: out = x * cos + concat(-x2, x1) * sin.
- * x [T, heads, dim] with strides, out [T, heads, dim], cos and sin [T, dim]; dim / 2 a multiple of LANES. */
-void rotate(const float *x, int64_t row_stride, int64_t head_stride, float *out, int64_t rows, int64_t heads, int64_t dim,
-            const float *cosine, const float *sine, int32_t num_threads) {
+typedef struct {
+    const float *x;                  /* [T, heads, dim] with strides in floats */
+    int64_t row_stride, head_stride;
+    float *out;                      /* [T, heads, dim] */
+    int64_t heads;
+} Rotated;
+
+/* Rotary embedding in halves, of queries and keys: out = x * cos + concat(-x2, x1) * sin.
+ * cos and sin [T, dim]; dim / 2 a multiple of LANES. */
+void rotate(const Rotated *parts, int64_t num_parts, int64_t rows, int64_t dim, const float *cosine, const float *sine,
+            int32_t num_threads) {
     const int64_t half = dim / 2;
 #pragma omp parallel for schedule(static) num_threads(num_threads) \
-    if (num_threads > 1 && rows * heads * dim >= PARALLEL_FROM)
+    if (num_threads > 1 && rows * parts[0].heads * dim >= PARALLEL_FROM)
     for (int64_t r = 0; r < rows; r++) {
         const float *c = cosine + r * dim, *s = sine + r * dim;
-        for (int64_t h = 0; h < heads; h++) {
-            const float *from = x + r * row_stride + h * head_stride;
-            float *to = out + (r * heads + h) * dim;
-            for (int64_t d = 0; d < half; d += LANES) {
-                vec a = load(from + d), b = load(from + half + d);
-                store(to + d, a * load(c + d) - b * load(s + d));
-                store(to + half + d, b * load(c + half + d) + a * load(s + half + d));
+        for (int64_t p = 0; p < num_parts; p++) {
+            for (int64_t h = 0; h < parts[p].heads; h++) {
+                const float *from = parts[p].x + r * parts[p].row_stride + h * parts[p].head_stride;
+                float *to = parts[p].out + (r * parts[p].heads + h) * dim;
+                for (int64_t d = 0; d < half; d += LANES) {
+                    vec a = load(from + d), b = load(from + half + d);
+                    store(to + d, a * load(c + d) - b * load(s + d));
+                    store(to + half + d, b * load(c + half + d) + a * load(s + half + d));
+                }
             }
         }
     }
