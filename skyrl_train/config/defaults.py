@@ -39,6 +39,13 @@ def _micro_batch_tokens(config: Config) -> int | None:
     return max(DEFAULT_TOKENS_PER_MICRO_BATCH, longest)
 
 
+def _mini_batch(config: Config) -> int:
+    """The whole batch; the built-in model learns in fewer steps from two updates each."""
+    trainer = config.trainer
+    two = trainer.policy.model.path.startswith("builtin:") and trainer.train_batch_size % 2 == 0
+    return trainer.train_batch_size // 2 if two else trainer.train_batch_size
+
+
 Rule = Callable[[Config], Any]
 
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
@@ -49,7 +56,7 @@ BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
     },
     "generator.max_model_len": {"embedded": _context, "sglang": _context, "vllm": _context},
     "generator.weight_sync_backend": {"embedded": _sync_backend, "sglang": _sync_backend, "vllm": _sync_backend},
-    "generator.max_num_seqs": {"embedded": lambda _: 256},
+    "generator.max_num_seqs": {"embedded": lambda _: 512},
     "generator.max_num_batched_tokens": {"embedded": lambda _: 2048},
     "generator.gpu_memory_utilization": {
         "embedded": lambda _: 0.3,
@@ -71,10 +78,10 @@ DERIVED_DEFAULTS: Mapping[str, tuple[str, Rule]] = {
     ),
     "trainer.ref.model.path": ("trainer.policy.model.path", lambda config: config.trainer.policy.model.path),
     "trainer.critic.model.path": ("trainer.policy.model.path", lambda config: config.trainer.policy.model.path),
-    "trainer.policy_mini_batch_size": ("trainer.train_batch_size", lambda config: config.trainer.train_batch_size),
+    "trainer.policy_mini_batch_size": ("trainer.train_batch_size", _mini_batch),
     "trainer.critic_mini_batch_size": (
         "trainer.policy_mini_batch_size",
-        lambda config: config.trainer.policy_mini_batch_size or config.trainer.train_batch_size,
+        lambda config: config.trainer.policy_mini_batch_size or _mini_batch(config),
     ),
     "trainer.run_path": ("trainer.run_name", lambda config: f"runs/{config.trainer.run_name}"),
     "trainer.ckpt_path": ("trainer.run_path", lambda config: f"{_run_path(config)}/checkpoints"),

@@ -145,7 +145,7 @@ class Trainer(Group):
     policy_mini_batch_size: Positive | None = Field(
         None,
         description="Prompts of one optimizer step; must divide train_batch_size. null is the whole "
-        "train_batch_size: one strictly on-policy update a step.",
+        "train_batch_size: one strictly on-policy update a step; half of it for a built-in model.",
     )
     critic_mini_batch_size: Positive | None = Field(
         None, description="As policy_mini_batch_size, for the critic; null is the policy's."

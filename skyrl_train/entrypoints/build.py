@@ -126,6 +126,11 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     mini_batch_size = keys.policy_mini_batch_size or keys.train_batch_size
     updates = keys.update_epochs_per_batch * -(-keys.train_batch_size // mini_batch_size)
     optimizer = keys.policy.optimizer_config
+    if optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= total_steps * updates:
+        raise ConfigError(
+            f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for scheduler "
+            f"{optimizer.scheduler}: the run has {total_steps * updates} optimizer steps; lower it, or take constant"
+        )
     trainer = PolicyTrainer(
         model,
         OptimizerSettings(

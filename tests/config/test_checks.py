@@ -51,7 +51,10 @@ def test_a_mini_batch_must_divide_the_batch() -> None:
 
 def test_a_micro_batch_must_divide_a_ranks_samples() -> None:
     message = refused(
-        "trainer.train_batch_size=6", "generator.n_samples_per_prompt=5", "trainer.micro_train_batch_size_per_gpu=4"
+        "trainer.train_batch_size=6",
+        "trainer.policy_mini_batch_size=6",
+        "generator.n_samples_per_prompt=5",
+        "trainer.micro_train_batch_size_per_gpu=4",
     )
     assert "does not divide the 30 samples" in message
 
@@ -87,6 +90,7 @@ def test_warm_up_that_never_ends_is_refused_where_the_steps_are_known() -> None:
         "trainer.policy.optimizer_config.scheduler=cosine",
         "trainer.policy.optimizer_config.num_warmup_steps=20",
         "trainer.max_steps=5",
+        "trainer.policy_mini_batch_size=128",
         "trainer.update_epochs_per_batch=2",
     )
     assert "the run has 10 optimizer steps" in message

@@ -133,7 +133,7 @@ def test_what_a_server_run_writes_reads_back_too(folder: Path) -> None:
 
 def test_null_keys_follow_the_backend_and_say_so() -> None:
     embedded, sglang = load_config([]), load_config(["generator.backend=sglang"])
-    assert embedded.config.generator.max_num_seqs == 256
+    assert embedded.config.generator.max_num_seqs == 512
     assert str(embedded.sources["generator.max_num_seqs"]) == "embedded default"
     assert sglang.config.generator.max_num_seqs is None  # SGLang sizes itself
     assert str(sglang.sources["generator.gpu_memory_utilization"]) == "sglang default"

@@ -184,9 +184,9 @@ def test_the_plan_of_a_half_billion_parameters_on_one_gpu(tmp_path: Path) -> Non
     assert plan.memory["weights"] == 2 * parameters
     assert plan.memory["gradients"] == 4 * parameters
     assert plan.memory["optimizer"] == 12 * parameters
-    # Keys and values: 2 x 24 layers x 2 heads x 64 numbers x 2 bytes = 12288 bytes a token; 256 requests x 80 tokens.
-    assert plan.kv_cache_tokens == 256 * 80
-    assert plan.memory["KV cache"] == 256 * 80 * 12288
+    # Keys and values: 2 x 24 layers x 2 heads x 64 numbers x 2 bytes = 12288 bytes a token; 512 requests x 72 tokens.
+    assert plan.kv_cache_tokens == 512 * 72
+    assert plan.memory["KV cache"] == 512 * 72 * 12288
     assert any("KV cache" in line for line in plan_lines(plan))
 
 

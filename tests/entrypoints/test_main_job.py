@@ -48,6 +48,7 @@ def arguments(inputs: Path, run_path: Path, *more: str) -> list[str]:
         "trainer.eval_interval=3",
         "trainer.ckpt_interval=2",
         "trainer.policy.optimizer_config.lr=1e-3",
+        "trainer.policy.optimizer_config.num_warmup_steps=1",
         "generator.n_samples_per_prompt=4",
         "generator.sampling_params.max_generate_length=12",
         "generator.eval_sampling_params.max_generate_length=12",
