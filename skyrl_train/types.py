@@ -65,9 +65,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
-        _require(self.temperature >= 0, "temperature", ">= 0", self.temperature)
+        # Below this, logits / temperature overflows float32.
+        _require(
+            self.temperature == 0 or self.temperature >= 1e-4, "temperature", "0 or at least 1e-4", self.temperature
+        )
         _require(0 < self.top_p <= 1, "top_p", "in (0, 1]", self.top_p)
-        _require(self.top_k >= 0, "top_k", ">= 0 (0 is off)", self.top_k)
+        _require(0 <= self.top_k < 2**31, "top_k", "in [0, 2**31) (0 is off)", self.top_k)
         _require(0 <= self.min_p <= 1, "min_p", "in [0, 1]", self.min_p)
         _require(self.repetition_penalty > 0, "repetition_penalty", "> 0", self.repetition_penalty)
         _require(

@@ -129,7 +129,8 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     if optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= total_steps * updates:
         raise ConfigError(
             f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for "
-            f"scheduler {optimizer.scheduler}: the run has {total_steps * updates} optimizer steps; lower it, or take constant"
+            f"scheduler {optimizer.scheduler}: the run has {total_steps * updates} optimizer steps; lower it, or "
+            "take scheduler constant"
         )
     trainer = PolicyTrainer(
         model,

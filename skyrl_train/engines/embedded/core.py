@@ -119,6 +119,11 @@ class EngineCore:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestRejected(f"request {rid}: token id {bad} is outside the vocabulary of {self._vocab_size}")
+        for stop_id in request.sampling.stop_token_ids:
+            if not 0 <= stop_id < self._vocab_size:
+                raise RequestRejected(
+                    f"request {rid}: stop token id {stop_id} is outside the vocabulary of {self._vocab_size}"
+                )
         if request.sampling.stop and self._tokenizer is None:
             raise RequestRejected(f"request {rid}: stop strings need a tokenizer, engine {name} has none")
         self.scheduler.check(name, rid, len(ids), request.sampling.max_new_tokens, self.context_len)
