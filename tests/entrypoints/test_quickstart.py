@@ -25,7 +25,7 @@ def test_the_main_job_learns_to_add_within_two_gibibytes(tmp_path: Path) -> None
     assert "warm start" in done.stdout, "the supervised phase must be seen"
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     accuracy = {row["step"]: row["eval/accuracy"] for row in rows if "eval/accuracy" in row}
-    assert accuracy[0] < 0.4 and accuracy[120] > 0.9, accuracy
+    assert accuracy[0] < 0.4 and accuracy[max(accuracy)] > 0.9, accuracy
     # Linux counts in KiB; the children of this process are the run and nothing larger.
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2 * 2**20
     seconds = sum(row["timing/step_s"] for row in rows)
