@@ -206,7 +206,9 @@ def schedule(checked: Checked) -> Iterator[Finding]:
     )
     mini = trainer.policy_mini_batch_size or trainer.train_batch_size
     updates = steps * trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini)
-    if optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= updates:
+    # The quickstart's own warm-up is cut to half of a short run (build.py); one that somebody chose is not touched.
+    chosen = checked.sources["trainer.policy.optimizer_config.num_warmup_steps"].kind != "base.yaml"
+    if chosen and optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= updates:
         yield error(
             f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for "
             f"scheduler {optimizer.scheduler}: the run has {updates} optimizer steps"

@@ -80,7 +80,9 @@ class PolicyOptimizer(Group):
     adam_betas: Betas = Field((0.9, 0.999), description="Decay rates of AdamW's two averages.")
     weight_decay: float = Field(ge=0, description="Decoupled weight decay.")
     max_grad_norm: float = Field(1.0, gt=0, description="The gradient's norm is clipped to this.")
-    num_warmup_steps: NonNegative = Field(description="Optimizer steps over which the rate rises from 0.")
+    num_warmup_steps: NonNegative = Field(
+        description="Optimizer steps over which the rate rises from 0; half of a run at most."
+    )
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="What the rate does after the warm-up, up to the last step."
     )

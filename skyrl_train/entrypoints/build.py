@@ -126,12 +126,7 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     mini_batch_size = keys.policy_mini_batch_size or keys.train_batch_size
     updates = keys.update_epochs_per_batch * -(-keys.train_batch_size // mini_batch_size)
     optimizer = keys.policy.optimizer_config
-    if optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= total_steps * updates:
-        raise ConfigError(
-            f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for "
-            f"scheduler {optimizer.scheduler}: the run has {total_steps * updates} optimizer steps; lower it, or "
-            "take scheduler constant"
-        )
+    num_updates = total_steps * updates
     trainer = PolicyTrainer(
         model,
         OptimizerSettings(
@@ -140,8 +135,9 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
             weight_decay=optimizer.weight_decay,
             max_grad_norm=optimizer.max_grad_norm,
             scheduler=optimizer.scheduler,
-            num_warmup_steps=optimizer.num_warmup_steps,
-            num_steps=total_steps * updates,
+            # A run that is cut short warms up over half of it at most.
+            num_warmup_steps=min(optimizer.num_warmup_steps, num_updates // 2),
+            num_steps=num_updates,
         ),
         reference=reference,
         temperature=config.generator.sampling_params.temperature,

@@ -1,6 +1,6 @@
 """A short supervised phase: enough to know the form of an answer, not enough to be right.
 
-It stops as soon as about a fifth of a sample of *training* problems are solved. What is held out is never looked at;
+It stops as soon as about a quarter of a sample of *training* problems are solved. What is held out is never looked at;
 the rest of the way is reinforcement learning's.
 """
 
@@ -24,7 +24,7 @@ MAX_STEPS = 600
 LEARNING_RATE = 2e-3
 NUM_WARMUP_STEPS = 50
 ADAM_BETAS = (0.9, 0.98)
-STOP_AT_ACCURACY = 0.2
+STOP_AT_ACCURACY = 0.25
 MEASURE_EVERY = 5
 NUM_MEASURED = 256
 IGNORED = -100
