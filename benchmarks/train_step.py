@@ -125,6 +125,7 @@ def draw_samples(work: StepWork) -> list[TrainingSample]:
                     token_ids=torch.tensor(prompt + draw_tokens(rng, length, work.vocab_size)),
                     loss_mask=loss_mask,
                     rollout_logprobs=torch.zeros(len(loss_mask)),
+                    rewards=torch.zeros(len(loss_mask)),
                     advantages=loss_mask * rng.uniform(-1, 1),
                     num_prompt_tokens=len(prompt),
                 )

@@ -21,15 +21,15 @@ from skyrl_train.engines.base import Engine
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import Rollouts, run_groups
-from skyrl_train.rollout.samples import make_samples
-from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrainingSample, TrajectoryId, WeightUpdate
+from skyrl_train.training.experience import Experience
+from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrajectoryId, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
 
 
 class Policy(Protocol):
     """What the loop asks of the training side: learn from samples, then say where the new weights are."""
 
-    def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]: ...
+    def update(self, experience: Experience) -> dict[str, float]: ...
 
     def export_weights(self) -> WeightUpdate: ...
 
@@ -45,7 +45,6 @@ class RunLog(Protocol):
 
 
 Advantages = Mapping[TrajectoryId, float]
-AdvantageFn = Callable[[Sequence[ScoredGroup]], Advantages]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ class Job:
     agent: Agent
     engine: Engine
     policy: Policy
-    advantages: AdvantageFn
+    experience: Callable[[Sequence[ScoredGroup]], Experience]
     num_samples: int
     num_eval_samples: int
     sampling: SamplingParams
@@ -105,15 +104,14 @@ async def train(job: Job, *, first_step: int = 0) -> int:
                 max_failed_frac=job.max_failed_frac,
             )
         with phases("advantages"):
-            advantages = job.advantages(rollouts.groups)
-            samples = [sample for t in rollouts.trajectories for sample in make_samples(t, advantages[t.id])]
+            experience = job.experience(rollouts.groups)
         with phases("train"):
-            metrics = job.policy.update(samples)
+            metrics = job.policy.update(experience)
         with phases("weight_sync"):
             await sync_weights(job.engine, job.policy.export_weights())
-        metrics |= rollouts.metrics()
+        metrics |= rollouts.metrics() | experience.metrics
         metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
-        job.log.step(step, rollouts, advantages)
+        job.log.step(step, rollouts, experience.advantages)
         if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
             metrics |= await evaluate(job, step)
         # Metrics first: a kill before the save does the step again and its row is written anew; the other way

@@ -191,11 +191,15 @@ class Trajectory:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredGroup:
-    """All samples of one prompt with their rewards [G]: what a group-relative advantage compares."""
+    """All samples of one prompt with their rewards [G]: what a group-relative advantage compares.
+
+    `baseline` is the reward of the prompt's greedy answer, where one was made (remax).
+    """
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     rewards: tuple[float, ...]
+    baseline: float | None = None
 
     def __post_init__(self) -> None:
         name = f"group {self.prompt.prompt_id}"
@@ -203,31 +207,51 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class TrainingSample:
-    """One token sequence to train on. All tensors are [L], on the CPU.
+class TokenSequence:
+    """One token sequence as it was rolled out, before anything was compared. All tensors are [L], on the CPU.
 
     token_ids int64: prompt, completions and observations, in order.
     loss_mask bool: True where the policy sampled the token. Token 0 is never True: nothing predicts it.
-    rollout_logprobs, advantages float32: defined where loss_mask is True, 0 elsewhere.
-    `num_prompt_tokens` is the length of the first prompt; samples of one `group` share that prefix.
+    rollout_logprobs float32: the engine's, defined where loss_mask is True, 0 elsewhere.
+    rewards float32: a turn's reward stands at the last token of its completion, 0 elsewhere.
+    `num_prompt_tokens` is the length of the first prompt; sequences of one group share that prefix.
     """
 
     trajectory_id: TrajectoryId
     token_ids: torch.Tensor
     loss_mask: torch.Tensor
     rollout_logprobs: torch.Tensor
-    advantages: torch.Tensor
+    rewards: torch.Tensor
     num_prompt_tokens: int
     versions: tuple[VersionSpan, ...] = ()
 
     def __post_init__(self) -> None:
-        _same_length(
-            f"sample {self.trajectory_id}",
-            token_ids=self.token_ids,
-            loss_mask=self.loss_mask,
-            rollout_logprobs=self.rollout_logprobs,
-            advantages=self.advantages,
-        )
+        _same_length(f"sample {self.trajectory_id}", **self.tensors())
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All per-token tensors by name."""
+        return {
+            "token_ids": self.token_ids,
+            "loss_mask": self.loss_mask,
+            "rollout_logprobs": self.rollout_logprobs,
+            "rewards": self.rewards,
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TrainingSample(TokenSequence):
+    """A sequence to train on: `advantages` [L] float32, defined where loss_mask is True, 0 elsewhere.
+
+    With a critic: `returns` are its targets and `values` its predictions before the update, both [L] float32.
+    """
+
+    advantages: torch.Tensor
+    returns: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        own = {"advantages": self.advantages, "returns": self.returns, "values": self.values}
+        return {**super().tensors(), **{name: tensor for name, tensor in own.items() if tensor is not None}}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -255,7 +279,17 @@ class DiskWeights:
     path: str
 
 
-WeightSource = LocalWeights | DiskWeights
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CopiedWeights:
+    """The engine in this process has a module of its own: these tensors are copied into it, by name.
+
+    Tensors that the update does not name stay as they are (LoRA changes the adapted matrices only).
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+
+
+WeightSource = LocalWeights | CopiedWeights | DiskWeights
 
 
 @dataclass(frozen=True, kw_only=True)

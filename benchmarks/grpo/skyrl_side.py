@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 
-import torch
 from transformers import PreTrainedModel
 
 from benchmarks.grpo.base import Gradient, Rollout
@@ -17,15 +16,16 @@ from skyrl_train.algorithms.policy_losses import ppo_clip
 from skyrl_train.algorithms.reductions import token_mean
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
-from skyrl_train.rollout.samples import make_samples
+from skyrl_train.training.experience import Experience, ExperienceMaker
 from skyrl_train.training.learner import Learner
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import (
     Completion,
     GenerateRequest,
+    Prompt,
     SamplingParams,
-    TrainingSample,
+    ScoredGroup,
     Trajectory,
     TrajectoryId,
     Turn,
@@ -67,6 +67,7 @@ class SkyrlSide:
                 kv_cache_tokens=num_requests * (longest + 64),
             ),
         )
+        self._make_experience = ExperienceMaker(estimator=grpo)
         self._runner = asyncio.Runner()
         self._next_step = 0
 
@@ -94,7 +95,7 @@ class SkyrlSide:
             )
             for i, (prompt, ids) in enumerate(zip(self._each(rollout.prompts), rollout.completions, strict=True))
         ]
-        metrics = self._learner.update(self._samples(turns))
+        metrics = self._learner.update(self._experience(turns))
         return Gradient(loss=metrics["policy/loss"], grad_norm=metrics["policy/grad_norm"])
 
     def close(self) -> None:
@@ -105,9 +106,9 @@ class SkyrlSide:
         with self._clock.phase("generation"):
             turns = await self._generate(self._work.prompts(step), step)
         with self._clock.phase("preparation"):
-            samples = self._samples(turns)
+            experience = self._experience(turns)
         with self._clock.phase("update"):
-            self._learner.update(samples)
+            self._learner.update(experience)
         with self._clock.phase("weight sync"):
             await sync_weights(self._engine, self._learner.export_weights())
 
@@ -132,20 +133,29 @@ class SkyrlSide:
         """A prompt for each sample."""
         return [prompt for prompt in prompts for _ in range(self._work.num_samples)]
 
-    def _samples(self, turns: list[Turn]) -> list[TrainingSample]:
-        rewards = [reward(turn.completion.token_ids) for turn in turns]
+    def _experience(self, turns: list[Turn]) -> Experience:
         num_samples = self._work.num_samples
-        advantages = grpo(torch.tensor(rewards), torch.arange(len(turns)) // num_samples).tolist()
-        samples = []
-        for i, turn in enumerate(turns):
-            trajectory = Trajectory(
-                id=TrajectoryId(prompt_id=str(i // num_samples), sample=i % num_samples),
-                turns=(turn,),
-                rewards=(rewards[i],),
-                status="truncated",
+        groups = []
+        for first in range(0, len(turns), num_samples):
+            group = turns[first : first + num_samples]
+            rewards = tuple(reward(turn.completion.token_ids) for turn in group)
+            name = str(first // num_samples)
+            groups.append(
+                ScoredGroup(
+                    prompt=Prompt(prompt_id=name, messages=(), environment=""),
+                    trajectories=tuple(
+                        Trajectory(
+                            id=TrajectoryId(prompt_id=name, sample=i),
+                            turns=(turn,),
+                            rewards=(rewards[i],),
+                            status="truncated",
+                        )
+                        for i, turn in enumerate(group)
+                    ),
+                    rewards=rewards,
+                )
             )
-            samples += make_samples(trajectory, advantages[i])
-        return samples
+        return self._make_experience(groups)
 
 
 class _TimedTrainer(PolicyTrainer):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from skyrl_train.data.balance import Answer, Bin, Limit, spread
-from skyrl_train.types import TrainBatch, TrainingSample, TrajectoryId
+from skyrl_train.types import TokenSequence, TrainBatch, TrainingSample, TrajectoryId
 
 Index = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -34,6 +34,7 @@ class MicroBatch:
         cu_seqlens_q   0 3 5 6
         kv_rows        0 1 2 | 0 1 2 3 4 | 0 1 2 5         cu_seqlens_k   0 3 8 12
         predict_rows   2 3 2                target_ids     a b c          sample_index   0 0 1
+        token_index    0 1 2                each prediction's place among the mini-batch's loss tokens, samples in order
     The row of z predicts both a and c: predictions are pairs of a row and a target, not a shift by one.
     Rows that predict nothing and that nothing attends to may be left out: `pack` drops those of b and c.
     """
@@ -46,13 +47,16 @@ class MicroBatch:
     predict_rows: torch.Tensor  # [N] row in [0, T) whose logits predict the target
     target_ids: torch.Tensor  # [N]
     sample_index: torch.Tensor  # [N] sample in [0, B)
+    token_index: torch.Tensor  # [N] loss token of the mini-batch in [0, num_loss_tokens), however it was cut
     rollout_logprobs: torch.Tensor  # [N] float32
-    advantages: torch.Tensor  # [N] float32
+    advantages: torch.Tensor | None  # [N] float32; None where the sequences have none yet
+    returns: torch.Tensor | None = None  # [N] float32; with a critic
+    values: torch.Tensor | None = None  # [N] float32; with a critic
     trajectory_ids: tuple[TrajectoryId, ...]  # [B]
 
 
 def pack(
-    samples: Sequence[TrainingSample],
+    samples: Sequence[TokenSequence],
     *,
     max_tokens_per_micro_batch: int | None = None,
     micro_batch_size: int | None = None,
@@ -82,7 +86,7 @@ def pack(
             )
     return TrainBatch(
         micro_batches=tuple(
-            tuple(_build(samples, flat, b) if b else _empty(samples[0].token_ids[:1]) for b in rank)
+            tuple(_build(samples, flat, b) if b else _empty(samples[0].token_ids[:1], flat) for b in rank)
             for rank in spread(answers, limit, dp_size)
         ),
         num_loss_tokens=len(flat.loss_at),
@@ -94,10 +98,15 @@ class _Flat:
     """All samples one after the other: sample i is [offsets[i], offsets[i + 1]), its loss tokens are
     loss_at[loss_bounds[i] : loss_bounds[i + 1]], and predicting them takes its first num_rows[i] tokens."""
 
-    def __init__(self, samples: Sequence[TrainingSample]) -> None:
+    def __init__(self, samples: Sequence[TokenSequence]) -> None:
         self.token_ids = torch.cat([sample.token_ids for sample in samples])
         self.rollout_logprobs = torch.cat([sample.rollout_logprobs for sample in samples])
-        self.advantages = torch.cat([sample.advantages for sample in samples])
+        trained_on = [sample for sample in samples if isinstance(sample, TrainingSample)]
+        if trained_on and len(trained_on) < len(samples):
+            raise ValueError(f"{len(trained_on)} of {len(samples)} samples have advantages; a batch has all or none")
+        self.advantages = _joined([sample.advantages for sample in trained_on])
+        self.returns = _joined([sample.returns for sample in trained_on])
+        self.values = _joined([sample.values for sample in trained_on])
         loss_mask = torch.cat([sample.loss_mask for sample in samples]).numpy()
         self.offsets = _bounds([len(sample.token_ids) for sample in samples])
         self.loss_at = np.flatnonzero(loss_mask)
@@ -114,7 +123,7 @@ class _Flat:
         self.num_rows[trained] = self.loss_at[self.loss_bounds[trained + 1] - 1] - self.offsets[trained]
 
 
-def _answers(samples: Sequence[TrainingSample], flat: _Flat, share_prefix: bool) -> list[Answer]:
+def _answers(samples: Sequence[TokenSequence], flat: _Flat, share_prefix: bool) -> list[Answer]:
     """Samples with loss tokens. A family: one prompt_id and equal leading tokens."""
     tokens = flat.token_ids.numpy()
     families: dict[tuple[str, bytes], int] = {}
@@ -133,7 +142,7 @@ def _answers(samples: Sequence[TrainingSample], flat: _Flat, share_prefix: bool)
     return answers
 
 
-def _build(samples: Sequence[TrainingSample], flat: _Flat, micro_batch: Bin) -> MicroBatch:
+def _build(samples: Sequence[TokenSequence], flat: _Flat, micro_batch: Bin) -> MicroBatch:
     """Lay the families out one after the other: [shared prompt] [answer] [answer] ..."""
     # A segment is tokens [start, start + length) of a sample, after the num_before rows from row before.
     sample_of: list[int] = []
@@ -191,13 +200,16 @@ def _build(samples: Sequence[TrainingSample], flat: _Flat, micro_batch: Bin) -> 
         predict_rows=torch.from_numpy(predict_rows),
         target_ids=flat.token_ids[at],
         sample_index=torch.from_numpy(np.repeat(np.arange(len(order)), counts)),
+        token_index=torch.from_numpy(_ranges(flat.loss_bounds[order], counts)),
         rollout_logprobs=flat.rollout_logprobs[at],
-        advantages=flat.advantages[at],
+        advantages=_at(flat.advantages, at),
+        returns=_at(flat.returns, at),
+        values=_at(flat.values, at),
         trajectory_ids=tuple(samples[i].trajectory_id for i in order),
     )
 
 
-def _empty(filler: torch.Tensor) -> MicroBatch:
+def _empty(filler: torch.Tensor, flat: _Flat) -> MicroBatch:
     """One row that predicts nothing."""
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
@@ -209,10 +221,25 @@ def _empty(filler: torch.Tensor) -> MicroBatch:
         predict_rows=none,
         target_ids=none,
         sample_index=none,
+        token_index=none,
         rollout_logprobs=torch.zeros(0),
-        advantages=torch.zeros(0),
+        advantages=_at(flat.advantages, none),
+        returns=_at(flat.returns, none),
+        values=_at(flat.values, none),
         trajectory_ids=(),
     )
+
+
+def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One after the other; None where no sample has one."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if present and len(present) < len(tensors):
+        raise ValueError(f"{len(present)} of {len(tensors)} samples have values or returns; a batch has all or none")
+    return torch.cat(present) if present else None
+
+
+def _at(tensor: torch.Tensor | None, index: torch.Tensor) -> torch.Tensor | None:
+    return None if tensor is None else tensor[index]
 
 
 def _bounds(lengths: Sequence[int] | Index) -> Index:

@@ -16,6 +16,7 @@ temperature (temperature), or the one that was drawn from, after penalties and t
 
 Capability = Literal[
     "abort",
+    "copied_weights",
     "disk_weights",
     "local_weights",
     "lora",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
 from skyrl_train.errors import ConfigError
-from skyrl_train.loop import AdvantageFn
 from skyrl_train.rollout.agent import Agent
+from skyrl_train.training.experience import ExperienceMaker
 from skyrl_train.training.learner import Learner
 from skyrl_train.training.model import load_model
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
-from skyrl_train.types import SamplingParams, ScoredGroup, TrajectoryId
+from skyrl_train.types import SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -165,20 +164,17 @@ def _objective(config: Config) -> PolicyObjective:
     )
 
 
-def build_advantages(config: Config) -> AdvantageFn:
-    """Scored groups -> one advantage a trajectory, by the configured estimator."""
+def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
+    """Scored groups -> training samples, by the configured estimator."""
     algorithm = config.trainer.algorithm
     estimator = resolve("advantage estimator", ADVANTAGE_ESTIMATORS, algorithm.advantage_estimator)
-    return partial(_advantages, bind(estimator, algorithm.model_dump()))
-
-
-def _advantages(estimator: Any, groups: Sequence[ScoredGroup]) -> dict[TrajectoryId, float]:
-    rewards = torch.tensor([reward for group in groups for reward in group.rewards])
-    sizes = torch.tensor([len(group.rewards) for group in groups])
-    group_index = torch.repeat_interleave(torch.arange(len(groups)), sizes)
-    advantages = estimator(rewards, group_index).tolist()
-    ids = [trajectory.id for group in groups for trajectory in group.trajectories]
-    return dict(zip(ids, advantages, strict=True))
+    return ExperienceMaker(
+        estimator=bind(estimator, algorithm.model_dump()),
+        trainer=learner.trainer,
+        normalize=algorithm.advantage_batch_normalize,
+        max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
+        micro_batch_size=learner.micro_batch_size,
+    )
 
 
 def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:

@@ -21,9 +21,9 @@ from skyrl_train.config.load import LoadedConfig, plain
 from skyrl_train.data.chat import response_text
 from skyrl_train.data.stream import PromptStream, eval_prompts
 from skyrl_train.entrypoints.build import (
-    build_advantages,
     build_agent,
     build_engine,
+    build_experience,
     build_learner,
     load_data,
     load_tokenizer,
@@ -126,7 +126,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 agent=build_agent(config, engine, tokenizer, data),
                 engine=engine,
                 policy=learner,
-                advantages=build_advantages(config),
+                experience=build_experience(config, learner),
                 num_samples=config.generator.n_samples_per_prompt,
                 num_eval_samples=config.generator.eval_n_samples_per_prompt,
                 sampling=sampling_params(config.generator.sampling_params),

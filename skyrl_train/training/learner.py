@@ -8,6 +8,7 @@ from itertools import groupby
 
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.data.pack import pack
+from skyrl_train.training.experience import Experience
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
 from skyrl_train.types import TrainBatch, TrainingSample, WeightUpdate
@@ -24,9 +25,12 @@ class Learner:
     max_tokens_per_micro_batch: int | None = None
     micro_batch_size: int | None = None
 
-    def update(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
+    def update(self, experience: Experience) -> dict[str, float]:
         """One update of the policy for each mini-batch and epoch; returns the metrics."""
-        batches = [self._pack(part) for part in mini_batches(samples, self.mini_batch_size)]
+        if not any(bool(sample.loss_mask.any()) for sample in experience.samples):
+            # Everything was filtered: the weights stay, and the step says so.
+            return {"policy/version": self.trainer.version, "train/num_loss_tokens": 0, "train/num_updates": 0}
+        batches = [self._pack(part) for part in mini_batches(experience.samples, self.mini_batch_size)]
         result = update_policy(self.trainer, batches, self.loss_fn, num_epochs=self.num_epochs)
         tokens = sum(batch.num_loss_tokens for batch in batches)
         rows = sum(len(m.token_ids) for batch in batches for rank in batch.micro_batches for m in rank)

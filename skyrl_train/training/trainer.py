@@ -99,6 +99,8 @@ class PolicyTrainer:
             for i, micro_batch in enumerate(self._own(batch)):
                 now = self._logprobs("policy", micro_batch)
                 rollout_logprobs = self._to_device(micro_batch.rollout_logprobs)
+                if micro_batch.advantages is None:
+                    raise ValueError("these sequences have no advantages yet: nothing can be learned from them")
                 result = loss_fn(
                     LossInputs(
                         logprobs=now.logprobs,

@@ -25,6 +25,7 @@ def make_sample(
         token_ids=torch.tensor([*prompt, *rest]),
         loss_mask=loss_mask,
         rollout_logprobs=-torch.arange(1.0, length + 1) * loss_mask,
+        rewards=torch.zeros(length),
         advantages=(torch.arange(length) + 100.0 * sample) * loss_mask,
         num_prompt_tokens=len(prompt),
     )
@@ -59,6 +60,7 @@ def contexts(micro_batch: MicroBatch) -> list[tuple[TrajectoryId, tuple[int, ...
         for offset, row in enumerate(range(q[s], q[s + 1])):
             seen[row] = tuple(m.token_ids[keys[: num_before + offset + 1]].tolist())
     assert sorted(seen) == list(range(len(m.token_ids))), "each row belongs to one segment"
+    assert m.advantages is not None
     return [
         (m.trajectory_ids[i], seen[row], (target,), logprob, advantage)
         for i, row, target, logprob, advantage in zip(
@@ -131,7 +133,21 @@ def test_equal_arguments_give_equal_batches(samples: list[TrainingSample], dp_si
     for a, b in zip(first, second, strict=True):
         assert a.trajectory_ids == b.trajectory_ids
         assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.kv_rows, b.kv_rows)
-        assert torch.equal(a.predict_rows, b.predict_rows) and torch.equal(a.advantages, b.advantages)
+        assert torch.equal(a.predict_rows, b.predict_rows) and torch.equal(a.token_index, b.token_index)
+        assert a.advantages is not None and b.advantages is not None and torch.equal(a.advantages, b.advantages)
+
+
+@settings(deadline=None, max_examples=50)
+@given(groups(), st.integers(1, 3))
+def test_token_index_puts_every_cut_back_into_the_order_of_the_samples(
+    samples: list[TrainingSample], dp_size: int
+) -> None:
+    batch = pack(samples, max_tokens_per_micro_batch=20, dp_size=dp_size)
+    advantages = torch.full((batch.num_loss_tokens,), float("nan"))
+    for m in every_micro_batch(batch):
+        assert m.advantages is not None
+        advantages[m.token_index] = m.advantages
+    assert advantages.tolist() == [entry[4] for entry in wanted(samples)]
 
 
 def test_two_answers_share_the_rows_of_their_prompt() -> None:

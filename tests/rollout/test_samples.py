@@ -1,6 +1,6 @@
 import torch
 
-from skyrl_train.rollout.samples import make_samples
+from skyrl_train.rollout.samples import make_sequences
 from skyrl_train.types import Completion, Trajectory, TrajectoryId, Turn, VersionSpan
 
 
@@ -16,29 +16,37 @@ def turn(prompt: tuple[int, ...], answer: tuple[int, ...], logprob: float) -> Tu
 
 
 def trajectory(*turns: Turn) -> Trajectory:
-    return Trajectory(
-        id=TrajectoryId(prompt_id="7", sample=2), turns=turns, rewards=(0.0,) * len(turns), status="completed"
-    )
+    rewards = tuple(0.5 * (i + 1) for i in range(len(turns)))
+    return Trajectory(id=TrajectoryId(prompt_id="7", sample=2), turns=turns, rewards=rewards, status="completed")
 
 
-def test_one_turn_is_one_sample_masked_over_the_answer() -> None:
-    (sample,) = make_samples(trajectory(turn((1, 2, 3), (8, 9), -0.5)), advantage=2.0)
-    assert sample.token_ids.tolist() == [1, 2, 3, 8, 9]
-    assert sample.loss_mask.tolist() == [False, False, False, True, True]
-    assert sample.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
-    assert sample.advantages.tolist() == [0, 0, 0, 2, 2] and sample.advantages.dtype == torch.float32
-    assert sample.num_prompt_tokens == 3 and str(sample.trajectory_id) == "7/2/0"
+def test_one_turn_is_one_sequence_masked_over_the_answer() -> None:
+    (sequence,) = make_sequences(trajectory(turn((1, 2, 3), (8, 9), -0.5)))
+    assert sequence.token_ids.tolist() == [1, 2, 3, 8, 9]
+    assert sequence.loss_mask.tolist() == [False, False, False, True, True]
+    assert sequence.rollout_logprobs.tolist() == [0, 0, 0, -0.5, -0.5]
+    assert sequence.rewards.tolist() == [0, 0, 0, 0, 0.5] and sequence.rewards.dtype == torch.float32
+    assert sequence.num_prompt_tokens == 3 and str(sequence.trajectory_id) == "7/2/0"
 
 
-def test_a_turn_that_continues_the_history_extends_the_sample_and_masks_the_observation() -> None:
-    (sample,) = make_samples(trajectory(turn((1, 2), (8,), -0.5), turn((1, 2, 8, 5, 6), (9,), -0.25)), advantage=1.0)
-    assert sample.token_ids.tolist() == [1, 2, 8, 5, 6, 9]
-    assert sample.loss_mask.tolist() == [False, False, True, False, False, True]
-    assert sample.rollout_logprobs.tolist() == [0, 0, -0.5, 0, 0, -0.25]
-    assert sample.num_prompt_tokens == 2
+def test_a_turn_that_continues_the_history_extends_the_sequence_and_masks_the_observation() -> None:
+    (sequence,) = make_sequences(trajectory(turn((1, 2), (8,), -0.5), turn((1, 2, 8, 5, 6), (9,), -0.25)))
+    assert sequence.token_ids.tolist() == [1, 2, 8, 5, 6, 9]
+    assert sequence.loss_mask.tolist() == [False, False, True, False, False, True]
+    assert sequence.rollout_logprobs.tolist() == [0, 0, -0.5, 0, 0, -0.25]
+    assert sequence.rewards.tolist() == [0, 0, 0.5, 0, 0, 1.0]
+    assert sequence.num_prompt_tokens == 2
 
 
-def test_edited_history_opens_a_second_sample() -> None:
-    first, second = make_samples(trajectory(turn((1, 2), (8,), -0.5), turn((1, 5, 6), (9,), -0.25)), advantage=1.0)
-    assert first.token_ids.tolist() == [1, 2, 8]
+def test_edited_history_opens_a_second_sequence() -> None:
+    first, second = make_sequences(trajectory(turn((1, 2), (8,), -0.5), turn((1, 5, 6), (9,), -0.25)))
+    assert first.token_ids.tolist() == [1, 2, 8] and first.rewards.tolist() == [0, 0, 0.5]
     assert second.token_ids.tolist() == [1, 5, 6, 9] and second.num_prompt_tokens == 3
+    assert second.rewards.tolist() == [0, 0, 0, 1.0]
+
+
+def test_step_wise_gives_each_turn_its_own_sequence_with_the_history_as_its_prompt() -> None:
+    turns = (turn((1, 2), (8,), -0.5), turn((1, 2, 8, 5, 6), (9,), -0.25))
+    first, second = make_sequences(trajectory(*turns), step_wise=True)
+    assert first.token_ids.tolist() == [1, 2, 8] and second.token_ids.tolist() == [1, 2, 8, 5, 6, 9]
+    assert second.loss_mask.tolist() == [False] * 5 + [True] and second.num_prompt_tokens == 5

@@ -32,6 +32,7 @@ def make_samples(
                     token_ids=torch.cat([prompt, answer]),
                     loss_mask=loss_mask,
                     rollout_logprobs=-5 * torch.rand(length, generator=generator) * loss_mask,
+                    rewards=torch.zeros(length),
                     advantages=torch.randn(length, generator=generator) * loss_mask,
                     num_prompt_tokens=len(prompt),
                 )

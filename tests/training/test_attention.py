@@ -35,6 +35,7 @@ def tree(parents: Sequence[int | None], lengths: Sequence[int]) -> MicroBatch:
         predict_rows=none,
         target_ids=none,
         sample_index=none,
+        token_index=none,
         rollout_logprobs=torch.zeros(0),
         advantages=torch.zeros(0),
         trajectory_ids=(),

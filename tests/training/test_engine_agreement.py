@@ -31,6 +31,7 @@ async def sample_groups(engine: EmbeddedEngine, temperature: float) -> list[Trai
             token_ids=torch.tensor(token_ids + answer.token_ids),
             loss_mask=loss_mask,
             rollout_logprobs=torch.cat([torch.zeros(len(token_ids)), torch.tensor(answer.logprobs)]),
+            rewards=torch.zeros(len(loss_mask)),
             advantages=loss_mask.float(),
             num_prompt_tokens=len(token_ids),
         )

@@ -8,7 +8,7 @@ Not thread-safe: one caller at a time. A step that raises leaves the core unusab
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,14 +26,32 @@ from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.stops import completed_stop
 from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import derived_seed
-from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights
+from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights, plan_tensor_copy
 from skyrl_train.errors import RequestRejected, WeightUpdateError
-from skyrl_train.types import Completion, DiskWeights, FinishReason, GenerateRequest, WeightUpdate
+from skyrl_train.types import (
+    Completion,
+    CopiedWeights,
+    DiskWeights,
+    FinishReason,
+    GenerateRequest,
+    WeightSource,
+    WeightUpdate,
+)
 
 PauseState = Literal["running", "draining", "paused"]
 
 CAPABILITIES: frozenset[Capability] = frozenset(
-    {"abort", "disk_weights", "local_weights", "min_p", "penalties", "priority", "seed", "stop_strings"}
+    {
+        "abort",
+        "copied_weights",
+        "disk_weights",
+        "local_weights",
+        "min_p",
+        "penalties",
+        "priority",
+        "seed",
+        "stop_strings",
+    }
 )
 
 
@@ -278,18 +296,29 @@ class EngineCore:
             raise WeightUpdateError(
                 f"engine {name} serves version {self.policy_version}; version {update.version} is older"
             )
-        if isinstance(update.source, DiskWeights):
-            plan = plan_disk_weights(self._model, update.source.path)
+        copy = self._planned_copy(update.source)
+        if copy is not None:
             self.weights_are_whole = False
             try:
-                copy_disk_weights(self._model, plan)
+                copy()
             except Exception as exc:
-                raise WeightUpdateError(f"engine {name}: {update.source.path} was copied only in part: {exc}") from exc
+                raise WeightUpdateError(
+                    f"engine {name}: version {update.version} was copied only in part: {exc}"
+                ) from exc
         self._runner.weights_changed()
         self.scheduler.retract_all()
         self.scheduler.cache.flush()
         self.policy_version = update.version
         self.weights_are_whole = True
+
+    def _planned_copy(self, source: WeightSource) -> Callable[[], None] | None:
+        """What moves the weights, checked against the model; None where the tensors are the trainer's own."""
+        if isinstance(source, DiskWeights):
+            plan = plan_disk_weights(self._model, source.path)
+            return lambda: copy_disk_weights(self._model, plan)
+        if isinstance(source, CopiedWeights):
+            return plan_tensor_copy(self._model, source.tensors)
+        return None
 
     def flush_cache(self) -> None:
         """Forget cached prefixes. Raises RequestRejected while requests hold some."""

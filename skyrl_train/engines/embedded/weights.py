@@ -1,4 +1,4 @@
-"""New weights from a folder in HF format, all or nothing.
+"""New weights from a folder in HF format or from tensors of this process, all or nothing.
 
 Names, shapes and dtypes of every tensor are compared with the model's before the first byte is copied.
 """
@@ -6,6 +6,7 @@ Names, shapes and dtypes of every tensor are compared with the model's before th
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,34 @@ def copy_disk_weights(model: torch.nn.Module, plan: WeightPlan) -> None:
             with safe_open(path, framework="pt") as tensors:
                 for name in names:
                     targets[name].copy_(tensors.get_tensor(name))
+
+
+def plan_tensor_copy(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> Callable[[], None]:
+    """A copy of these tensors into the model's of the same names, in place; those not named stay.
+
+    Raises WeightUpdateError, with the model untouched, for an unknown name, another shape or another dtype.
+    """
+    targets: dict[str, torch.Tensor] = model.state_dict(keep_vars=True)
+    unknown = sorted(set(tensors) - set(targets))
+    different = [
+        f"{name} (model {targets[name].dtype} {list(targets[name].shape)}, update {t.dtype} {list(t.shape)})"
+        for name, t in tensors.items()
+        if name in targets and (targets[name].shape, targets[name].dtype) != (t.shape, t.dtype)
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:MAX_NAMES_SHOWN])}"
+        for what, names in (("unknown", unknown), ("different", different))
+        if names
+    ]
+    if problems:
+        raise WeightUpdateError(f"the tensors don't fit the model, nothing was copied: {'; '.join(problems)}")
+
+    def copy() -> None:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                targets[name].copy_(tensor)
+
+    return copy
 
 
 def _weight_files(root: Path) -> list[Path]:
