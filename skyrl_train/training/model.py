@@ -93,7 +93,7 @@ class PolicyHead:
         attention_context: AttentionContext,
     ) -> TokenLogprobs:
         """token_ids and position_ids [T]; rows and targets [N] on the model's device."""
-        hidden = _hidden_states(self.model, token_ids, position_ids, attention_context)
+        hidden = hidden_states(self.model, token_ids, position_ids, attention_context)
         return token_logprobs(
             hidden.index_select(0, predict_rows),
             self._head.weight,
@@ -104,14 +104,26 @@ class PolicyHead:
         )
 
 
-def _hidden_states(
+def hidden_states(
     model: PreTrainedModel, token_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
+    """Last hidden states [T, H] of one packed row [T], after the model's final norm."""
     out = model.base_model(
         input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, attention_context=context
     )
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
+
+
+@torch.no_grad()
+def hidden_size(model: PreTrainedModel) -> int:
+    """H, seen by running the model on a few tokens. Raises ConfigError where it can't run packed rows."""
+    token_ids = torch.arange(1, 1 + PROBE_TOKENS, device=model.device)
+    try:
+        hidden = hidden_states(model, token_ids, token_ids - 1, _CausalProbe())
+    except (NotImplementedError, AttributeError, TypeError) as exc:
+        raise ConfigError(f"{type(model).__name__} can't be trained here: {exc}") from exc
+    return hidden.shape[-1]
 
 
 class _CausalProbe:
@@ -170,7 +182,7 @@ def _discover_transform(model: PreTrainedModel, head: torch.nn.Linear) -> LogitT
     finally:
         hook.remove()
     tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 3e-2
-    hidden = _hidden_states(model, token_ids, positions, _CausalProbe())
+    hidden = hidden_states(model, token_ids, positions, _CausalProbe())
     if len(seen) != 1 or not torch.allclose(seen[0][0].float(), hidden.float(), rtol=tolerance, atol=tolerance):
         raise ConfigError(f"{name}: its head does not read the last hidden state; it can't be trained here")
     config = model.config.get_text_config()

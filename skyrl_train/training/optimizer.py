@@ -14,12 +14,17 @@ from typing import Any, Literal
 
 import torch
 
+from skyrl_train.training.offload import HostMemory
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings:
-    """`num_steps` is the end of a linear or cosine schedule. Weight decay is for matrices, not biases and norms."""
+    """`num_steps` is the end of a linear or cosine schedule. Weight decay is for matrices, not biases and norms.
+
+    With `offload_after_step`, masters and moments are on the device during a step only.
+    """
 
     lr: float
     adam_betas: tuple[float, float] = (0.9, 0.999)
@@ -29,6 +34,7 @@ class OptimizerSettings:
     scheduler: Schedule = "constant"
     num_warmup_steps: int = 0
     num_steps: int | None = None
+    offload_after_step: bool = False
 
     def __post_init__(self) -> None:
         if self.scheduler != "constant" and (self.num_steps is None or self.num_steps <= self.num_warmup_steps):
@@ -81,6 +87,8 @@ class MasterAdamW:
             eps=settings.adam_epsilon,
             fused=True,
         )
+        self._host = HostMemory(())
+        self._send_away()
 
     @torch.no_grad()
     def step(self) -> StepStats:
@@ -98,12 +106,14 @@ class MasterAdamW:
         if self.settings.max_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._masters, self.settings.max_grad_norm, norm)
         lr = self.settings.lr_at(self.num_steps_done)
+        self._host.bring_back()
         for group in self._adam.param_groups:
             group["lr"] = lr
         self._adam.step()
         if self._lowered:
             torch._foreach_copy_([p.data for p, _ in self._lowered], [m.data for _, m in self._lowered])
         self.clear_gradients()
+        self._send_away()
         self.num_steps_done += 1
         return StepStats(grad_norm=grad_norm, lr=lr)
 
@@ -112,9 +122,14 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values; the masters only where they differ from the parameters."""
+        adam = self._adam.state_dict()
+        adam["state"] = {
+            index: {name: self._host.values(value) for name, value in state.items()}
+            for index, state in adam["state"].items()
+        }
         return {
-            "adam": self._adam.state_dict(),
-            "masters": [m.data for _, m in self._lowered],
+            "adam": adam,
+            "masters": [self._host.values(m).detach() for _, m in self._lowered],
             "num_steps_done": self.num_steps_done,
         }
 
@@ -125,10 +140,27 @@ class MasterAdamW:
                 f"the state has {len(state['masters'])} master weights, this optimizer {len(self._lowered)}: "
                 "the model was saved in another dtype"
             )
+        self._host.bring_back()
         self._adam.load_state_dict(state["adam"])
         for (_, master), saved in zip(self._lowered, state["masters"], strict=True):
             master.data.copy_(saved)
+        self._send_away()
         self.num_steps_done = state["num_steps_done"]
+
+    @property
+    def num_device_bytes(self) -> int:
+        """What masters and moments hold on their device just now."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self._own_tensors())
+
+    def _own_tensors(self) -> list[torch.Tensor]:
+        """Masters and, after the first step, moments."""
+        moments = [state[name] for state in self._adam.state.values() for name in ("exp_avg", "exp_avg_sq")]
+        return [*(master for _, master in self._lowered), *moments]
+
+    def _send_away(self) -> None:
+        if self.settings.offload_after_step:
+            self._host = self._host.of(self._own_tensors())
+            self._host.send_away()
 
 
 def _accumulate_into(master: torch.nn.Parameter) -> Any:

@@ -11,6 +11,7 @@ PPO, GRPO, SFT and distillation are recipes over these. One process here; shardi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +26,7 @@ from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.logprobs import TokenLogprobs
 from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
+from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
 from skyrl_train.types import DiskWeights, LocalWeights, TrainBatch, WeightUpdate
@@ -45,11 +47,15 @@ class PolicyTrainer:
         optimizer: OptimizerSettings,
         *,
         reference: PreTrainedModel | None = None,
+        offload_reference: bool = False,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
         version: int = 0,
     ) -> None:
-        """Raises ConfigError for dropout or an architecture whose logits are not understood."""
+        """With `offload_reference` it is in host memory but for its own forward passes.
+
+        Raises ConfigError for dropout or an architecture whose logits are not understood.
+        """
         self.version = version
         self.last_step: StepStats | None = None
         self._model = model
@@ -59,10 +65,14 @@ class PolicyTrainer:
         if reference is not None:
             reference.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
             self._heads["reference"] = PolicyHead(reference, temperature=temperature)
+        self.offloaded = HostMemory(
+            reference.parameters() if reference is not None and offload_reference else (), constant=True
+        )
+        self.offloaded.send_away()
         self._optimizer = MasterAdamW(list(model.parameters()), optimizer)
         self._gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            _checkpoint_activations(model)
+            checkpoint_activations(model)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -76,7 +86,8 @@ class PolicyTrainer:
     @torch.no_grad()
     def forward(self, batch: TrainBatch, *, which: WhichModel = "policy") -> list[torch.Tensor]:
         """Log-probabilities [N] of each micro-batch's targets, in its order, without gradients."""
-        return [self._logprobs(which, micro_batch).logprobs for micro_batch in self._own(batch)]
+        with self.offloaded.on_device() if which == "reference" else nullcontext():
+            return [self._logprobs(which, micro_batch).logprobs for micro_batch in self._own(batch)]
 
     def forward_backward(
         self,
@@ -183,7 +194,7 @@ class PolicyTrainer:
         return batch.micro_batches[0]
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recompute each layer in the backward pass. transformers renamed the switch and warns of the old name."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
