@@ -12,8 +12,9 @@ A step is whole or it did not happen: what is on disk after a kill is the last c
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Protocol
 
 from skyrl_train.data.stream import PromptStream
@@ -32,6 +33,32 @@ class Policy(Protocol):
     def update(self, experience: Experience) -> dict[str, float]: ...
 
     def export_weights(self) -> WeightUpdate: ...
+
+
+class Selected(Protocol):
+    """What a step learns from, `groups`, out of all that was rolled out for it, `rollouts`."""
+
+    @property
+    def groups(self) -> tuple[ScoredGroup, ...]: ...
+
+    @property
+    def rollouts(self) -> Rollouts: ...
+
+    @property
+    def metrics(self) -> dict[str, float]: ...
+
+
+class Selection(Protocol):
+    """Which rollouts become training data. `draws_one_batch`: `draw` takes exactly one batch of prompts a step."""
+
+    @property
+    def draws_one_batch(self) -> bool: ...
+
+    async def draw(
+        self,
+        roll_out: Callable[[Sequence[Prompt]], Awaitable[Rollouts]],
+        next_prompts: Callable[[], list[Prompt]],
+    ) -> Selected: ...
 
 
 class RunLog(Protocol):
@@ -71,6 +98,7 @@ class Job:
     agent: Agent
     engine: Engine
     policy: Policy
+    selection: Selection
     experience: Callable[[Sequence[ScoredGroup]], Experience]
     num_samples: int
     num_eval_samples: int
@@ -78,6 +106,7 @@ class Job:
     eval_sampling: SamplingParams
     seed: int
     max_failed_frac: float
+    greedy_baseline: bool = False
     log: RunLog
     phases: PhaseTimer
     save: Callable[[int], None]
@@ -94,22 +123,15 @@ async def train(job: Job, *, first_step: int = 0) -> int:
         step += 1
         last = step == job.schedule.total_steps
         with phases("rollout"):
-            prompts = job.prompts.next_batch()
-            rollouts = await run_groups(
-                job.agent,
-                prompts,
-                num_samples=job.num_samples,
-                sampling=job.sampling,
-                run_seed=job.seed,
-                max_failed_frac=job.max_failed_frac,
-            )
+            selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
+            rollouts = selected.rollouts
         with phases("advantages"):
-            experience = job.experience(rollouts.groups)
+            experience = job.experience(selected.groups)
         with phases("train"):
             metrics = job.policy.update(experience)
         with phases("weight_sync"):
             await sync_weights(job.engine, job.policy.export_weights())
-        metrics |= rollouts.metrics() | experience.metrics
+        metrics |= rollouts.metrics() | selected.metrics | experience.metrics
         metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
         job.log.step(step, rollouts, experience.advantages)
         if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
@@ -124,6 +146,19 @@ async def train(job: Job, *, first_step: int = 0) -> int:
             with phases("export"):
                 job.export(step)
     return step
+
+
+async def roll_out(job: Job, prompts: Sequence[Prompt]) -> Rollouts:
+    """All samples of these prompts, from the policy as it is now."""
+    return await run_groups(
+        job.agent,
+        prompts,
+        num_samples=job.num_samples,
+        sampling=job.sampling,
+        run_seed=job.seed,
+        max_failed_frac=job.max_failed_frac,
+        greedy_baseline=job.greedy_baseline,
+    )
 
 
 async def evaluate(job: Job, step: int) -> dict[str, float]:

@@ -107,22 +107,6 @@ class SessionRef:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateRequest:
-    """One completion to make. Higher `priority` is served first. `adapter` None is the base model."""
-
-    request_id: str
-    prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams
-    session: SessionRef | None = None
-    adapter: str | None = None
-    priority: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.prompt_token_ids:
-            raise ValueError(f"request {self.request_id}: prompt_token_ids is empty; at least one token is needed")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Completion:
     """What the engine made of one request: `token_ids` [L] and their `logprobs` [L].
 
@@ -143,6 +127,32 @@ class Completion:
     def __post_init__(self) -> None:
         _same_length(f"completion {self.request_id}", token_ids=self.token_ids, logprobs=self.logprobs)
         _check_spans(f"completion {self.request_id}", self.versions, len(self.token_ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """One completion to make. Higher `priority` is served first. `adapter` None is the base model.
+
+    `partial` is what an earlier, aborted attempt at this request made: sampling goes on after its last token, within
+    the same budget, and the completion holds both parts with the versions that each was sampled under.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    session: SessionRef | None = None
+    adapter: str | None = None
+    priority: int = 0
+    partial: Completion | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt_token_ids:
+            raise ValueError(f"request {self.request_id}: prompt_token_ids is empty; at least one token is needed")
+        if self.partial is not None and len(self.partial.token_ids) >= self.sampling.max_new_tokens:
+            raise ValueError(
+                f"request {self.request_id}: its partial answer has {len(self.partial.token_ids)} tokens already, "
+                f"max_new_tokens is {self.sampling.max_new_tokens}; there is nothing left to sample"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

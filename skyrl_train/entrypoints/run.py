@@ -38,6 +38,7 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.rollout.selection import TakeAll
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf
 
@@ -126,6 +127,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 agent=build_agent(config, engine, tokenizer, data),
                 engine=engine,
                 policy=learner,
+                selection=TakeAll(),
                 experience=build_experience(config, learner),
                 num_samples=config.generator.n_samples_per_prompt,
                 num_eval_samples=config.generator.eval_n_samples_per_prompt,

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from skyrl_train.errors import EnvironmentFailure
 from skyrl_train.rollout.agent import Agent, with_seed
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, Trajectory, TrajectoryId
+
+BASELINE = -1
+"""The sample number of a prompt's greedy trajectory, which is compared with and not trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,33 +67,65 @@ async def run_groups(
     sampling: SamplingParams,
     run_seed: int,
     max_failed_frac: float = 0.0,
+    greedy_baseline: bool = False,
 ) -> Rollouts:
     """`num_samples` trajectories for each prompt, in the prompts' order whatever finished first.
 
+    `greedy_baseline` adds one greedy trajectory a prompt, whose reward becomes the group's `baseline`.
     Raises EnvironmentFailure when more than `max_failed_frac` of the trajectories failed, naming the first.
     """
-
-    async def run(prompt: Prompt, prompt_token_ids: tuple[int, ...], sample: int) -> Trajectory:
-        trajectory_id = TrajectoryId(prompt_id=prompt.prompt_id, sample=sample)
-        return await agent.run(trajectory_id, prompt, prompt_token_ids, with_seed(sampling, run_seed, trajectory_id))
-
     # A TaskGroup: if the engine fails one trajectory, the others are cancelled and their requests aborted.
     tasks: list[list[asyncio.Task[Trajectory]]] = []
     async with asyncio.TaskGroup() as group:
         for prompt in prompts:
-            prompt_token_ids = agent.render(prompt)
-            tasks.append([group.create_task(run(prompt, prompt_token_ids, k)) for k in range(num_samples)])
+            runs = group_runs(agent, prompt, num_samples, sampling, run_seed, greedy_baseline=greedy_baseline)
+            tasks.append([group.create_task(run()) for _, run in runs])
+    return sort_out([*zip(prompts, ([task.result() for task in row] for row in tasks), strict=True)], max_failed_frac)
 
+
+Run = Callable[[], Coroutine[Any, Any, Trajectory]]
+
+
+def group_runs(
+    agent: Agent,
+    prompt: Prompt,
+    num_samples: int,
+    sampling: SamplingParams,
+    run_seed: int,
+    *,
+    greedy_baseline: bool = False,
+) -> list[tuple[TrajectoryId, Run]]:
+    """The trajectories of one prompt, not yet started; the greedy one, if any, last and under sample BASELINE."""
+    prompt_token_ids = agent.render(prompt)
+    runs: list[tuple[TrajectoryId, Run]] = []
+    for sample in [*range(num_samples), *([BASELINE] if greedy_baseline else [])]:
+        trajectory_id = TrajectoryId(prompt_id=prompt.prompt_id, sample=sample)
+        asked = replace(sampling, temperature=0.0) if sample == BASELINE else sampling
+        seeded = with_seed(asked, run_seed, trajectory_id)
+        runs.append((trajectory_id, partial(agent.run, trajectory_id, prompt, prompt_token_ids, seeded)))
+    return runs
+
+
+def sort_out(rows: Sequence[tuple[Prompt, Sequence[Trajectory]]], max_failed_frac: float) -> Rollouts:
+    """Finished trajectories to scored groups and failed ones. Raises EnvironmentFailure, as `run_groups`."""
     groups: list[ScoredGroup] = []
     failed: list[ScoredGroup] = []
-    for prompt, row in zip(prompts, tasks, strict=True):
-        trajectories = [task.result() for task in row]
+    for prompt, row in rows:
+        greedy = next((t for t in row if t.id.sample == BASELINE), None)
         for part, has_failed in ((groups, False), (failed, True)):
-            chosen = tuple(t for t in trajectories if (t.status == "failed") is has_failed)
+            chosen = tuple(t for t in row if t is not greedy and (t.status == "failed") is has_failed)
             if chosen:
-                part.append(ScoredGroup(prompt=prompt, trajectories=chosen, rewards=tuple(t.reward for t in chosen)))
+                part.append(
+                    ScoredGroup(
+                        prompt=prompt,
+                        trajectories=chosen,
+                        rewards=tuple(t.reward for t in chosen),
+                        # A greedy answer that failed has no reward to compare with: that of a wrong answer.
+                        baseline=None if greedy is None else greedy.reward,
+                    )
+                )
     rollouts = Rollouts(groups=tuple(groups), failed=tuple(failed))
-    total = len(prompts) * num_samples
+    total = sum(len(row) for _, row in rows)
     if rollouts.num_failed > max_failed_frac * total or not groups:
         first = failed[0].trajectories[0]
         raise EnvironmentFailure(

@@ -114,12 +114,14 @@ class EngineCore:
         sampling = request.sampling
         order = self._num_submitted
         self._num_submitted += 1
+        known, num_prompt = request.partial, len(request.prompt_token_ids)
         state = RequestState(
             request=request,
             order=order,
             seed=derived_seed(self.config.seed, order) if sampling.seed is None else sampling.seed,
-            tokens=np.asarray(request.prompt_token_ids, dtype=np.int32),
-            logprobs=np.zeros(len(request.prompt_token_ids), dtype=np.float32),
+            tokens=np.asarray(request.prompt_token_ids + (known.token_ids if known else ()), dtype=np.int32),
+            logprobs=np.asarray((0.0,) * num_prompt + (known.logprobs if known else ()), dtype=np.float32),
+            version_marks=[(span.version, span.start) for span in known.versions] if known else [],
         )
         self._by_id[request.request_id] = state
         self.scheduler.enqueue(state)
@@ -134,6 +136,8 @@ class EngineCore:
         if request.adapter is not None:
             raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}, nor any other")
         ids = request.prompt_token_ids
+        if request.partial is not None:
+            ids += request.partial.token_ids
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestRejected(f"request {rid}: token id {bad} is outside the vocabulary of {self._vocab_size}")
@@ -144,7 +148,7 @@ class EngineCore:
                 )
         if request.sampling.stop and self._tokenizer is None:
             raise RequestRejected(f"request {rid}: stop strings need a tokenizer, engine {name} has none")
-        self.scheduler.check(name, rid, len(ids), request.sampling.max_new_tokens, self.context_len)
+        self.scheduler.check(name, rid, len(request.prompt_token_ids), request.sampling.max_new_tokens, self.context_len)
 
     def abort(self, request_ids: Sequence[str]) -> list[Finished]:
         """End these requests with what they have; ids that aren't here are ignored."""

@@ -1,0 +1,137 @@
+"""The asynchronous loop: generation goes on while the policy is trained, within a bounded staleness.
+
+    engine    ═ batch 1 ═╪═ batch 2 ═══════╪═ batch 3 ═══════╪═ batch 4 ═══    (staleness 1)
+               version 0   │     version 0   │     version 1   │     version 2
+    trainer                └─ train batch 1 ─┴─ train batch 2 ─┴─ train batch 3 ─
+
+    ╪ a landing: what runs comes back as tokens; the new weights go in whole, evaluation and checkpoint meet no
+      running request; then everything goes on. With more staleness a batch crosses several landings.
+
+Who waits for whom, and until when:
+    the trainer     for the batch that it trains on next: the oldest, in the order in which prompts were drawn
+    an update       for the trainer's step; deterministic: also for the next batch, so that where it lands depends on
+                    tokens alone and a run can be repeated and resumed to the bit
+    generation      for a batch to be taken: at most `max_staleness_steps` + 1 batches are ahead of training
+    a trajectory    at the gate, from the landing's begin to its end
+
+Staleness 0 draws a batch, trains, draws the next: the synchronous loop, to the bit. Staleness 1 is one step off
+policy. A request that meets a landing goes on under the new weights, and each of its tokens knows its version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from skyrl_train.loop import Job, evaluate
+from skyrl_train.rollout.groups import Rollouts
+from skyrl_train.rollout.pipeline import RolloutPipeline
+from skyrl_train.training.experience import Experience
+from skyrl_train.types import Prompt, ScoredGroup
+from skyrl_train.weight_sync.sync import sync_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsyncJob:
+    """A `Job` whose engine has weights of its own, and the pipeline that rolls out ahead.
+
+    `beside` is entered in the training thread: on a GPU it gives the trainer a stream of its own.
+    """
+
+    job: Job
+    pipeline: RolloutPipeline
+    deterministic: bool
+    beside: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
+
+
+async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
+    """As `loop.train`: the steps after `first_step`, to the end or until `job.stop`; returns the last complete one."""
+    job, pipeline = run.job, run.pipeline
+    due, phases, total = job.schedule.due, job.phases, job.schedule.total_steps
+    step = first_step
+    if step == 0 and job.schedule.evaluate_first and job.schedule.evaluate_every > 0:
+        job.log.flush(0, await evaluate(job, 0))
+    try:
+        while step < total and not job.stop.is_set():
+            began = perf_counter()
+            await pipeline.advance(step, at_most=_batches_left(job, total - step))
+            drawn: list[list[Prompt]] = []
+
+            def next_batch(completed: int = step, drawn: list[list[Prompt]] = drawn) -> list[Prompt]:
+                drawn.append(pipeline.next_batch(completed))
+                return drawn[-1]
+
+            with phases("rollout"):
+                selected = await job.selection.draw(pipeline.roll_out, next_batch)
+            staleness = pipeline.staleness(drawn[-1], step)
+            step += 1
+            last = step == total
+            with phases("train"):
+                experience, metrics = await _learn(run, selected.groups)
+            with phases("landing"):
+                if run.deterministic:
+                    await pipeline.next_is_complete()
+                await pipeline.gate.shut()
+                await pipeline.gate.rest()
+            with phases("weight_sync"):
+                await sync_weights(job.engine, job.policy.export_weights())
+            rollouts = selected.rollouts
+            metrics |= rollouts.metrics() | selected.metrics | experience.metrics
+            metrics |= _version_lag(rollouts, int(metrics["policy/version"]))
+            metrics |= {
+                "async/staleness_steps": staleness,
+                "async/batches_ahead": pipeline.num_ahead,
+                "async/parked_requests_total": pipeline.gate.num_parked_total,
+                "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
+            }
+            job.log.step(step, rollouts, experience.advantages)
+            if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
+                metrics |= await evaluate(job, step)
+            job.log.flush(step, metrics)
+            if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
+                with phases("checkpoint"):
+                    job.save(step)
+            if due(job.schedule.export_every, step) or last:
+                with phases("export"):
+                    job.export(step)
+    finally:
+        await pipeline.close()
+    return step
+
+
+async def _learn(run: AsyncJob, groups: tuple[ScoredGroup, ...]) -> tuple[Experience, dict[str, float]]:
+    """One training step in a thread of its own; the event loop goes on stepping the engine."""
+
+    def learn() -> tuple[Experience, dict[str, float]]:
+        with run.beside():
+            experience = run.job.experience(groups)
+            return experience, run.job.policy.update(experience)
+
+    # A cancelled wait does not end the thread: whoever stops the run must not touch the trainer before it did.
+    task = asyncio.ensure_future(asyncio.to_thread(learn))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
+def _batches_left(job: Job, steps_left: int) -> int | None:
+    """Batches that the rest of the run will take; unknown where a step may draw more than one."""
+    return steps_left if job.selection.draws_one_batch else None
+
+
+def _version_lag(rollouts: Rollouts, version: int) -> dict[str, float]:
+    """How many policy versions before the update's result the trained tokens were sampled under."""
+    spans = [s for t in rollouts.trajectories for turn in t.turns for s in turn.completion.versions]
+    tokens = sum(span.end - span.start for span in spans)
+    lags = [(version - span.version) * (span.end - span.start) for span in spans]
+    mixed = sum(len(turn.completion.versions) > 1 for t in rollouts.trajectories for turn in t.turns)
+    return {
+        "async/version_lag_mean": sum(lags) / max(tokens, 1),
+        "async/version_lag_max": max((version - span.version for span in spans), default=0),
+        "async/num_requests_over_versions": mixed,
+    }
