@@ -67,6 +67,8 @@ class ExperienceMaker:
     micro_batch_size: int | None = None
 
     def __call__(self, groups: Sequence[ScoredGroup]) -> Experience:
+        if not groups:
+            return Experience(samples=(), advantages={}, metrics={})
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         rows = [make_sequences(trajectory, step_wise=self.step_wise) for trajectory in trajectories]
         sequences = [sequence for row in rows for sequence in row]

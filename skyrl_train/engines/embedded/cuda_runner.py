@@ -113,7 +113,8 @@ class DecodeGraph:
         with torch.cuda.stream(side):
             runner.decode_rows(self.input)
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self._graph, pool=runner.graph_memory):
+        # Only this thread is watched for calls that a capture forbids: a trainer may be working in another.
+        with torch.cuda.graph(self._graph, pool=runner.graph_memory, capture_error_mode="thread_local"):
             self.tokens, self.logprobs = runner.decode_rows(self.input)
 
     def replay(self) -> None:
