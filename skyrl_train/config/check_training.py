@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Iterator
 
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
-from skyrl_train.config.placement import needs_reference
+from skyrl_train.config.keys import schema_keys
+from skyrl_train.config.placement import needs_critic, needs_reference
+from skyrl_train.config.schema_trainer import PolicyOptimizer
 
-ESTIMATORS = ("grpo", "gae", "rloo", "reinforce++", "remax")
+ESTIMATORS = ("grpo", "gae", "rloo", "reinforce++", "reinforce++_baseline", "remax")
 POLICY_LOSSES = ("regular", "dual_clip", "gspo", "cispo", "sapo", "clip_cov", "kl_cov", "importance_sampling")
 TRACKERS = ("console", "jsonl", "tensorboard", "wandb", "mlflow")
 
@@ -101,17 +103,66 @@ def kl(checked: Checked) -> Iterator[Finding]:
         if algorithm.kl_loss_coef == 0:
             yield warning("trainer.algorithm.kl_loss_coef=0: the reference model is run, and its KL weighs nothing")
         return
-    for path in ("trainer.algorithm.kl_loss_coef", "trainer.algorithm.kl_estimator_type", "trainer.ref.model.path"):
+    for path in (
+        "trainer.algorithm.kl_loss_coef",
+        "trainer.algorithm.kl_estimator_type",
+        "trainer.ref.model.path",
+        "trainer.ref.offload_after_forward",
+    ):
         if checked.is_set(path):
             yield warning(
                 f"{checked.show(path)} has no effect: neither trainer.algorithm.use_kl_loss nor use_kl_in_reward is on"
             )
 
 
+def critic(checked: Checked) -> Iterator[Finding]:
+    trainer, placement = checked.config.trainer, checked.config.trainer.placement
+    if not needs_critic(checked.config):
+        keys = [path for path in schema_keys() if path.startswith(("trainer.critic.", "trainer.placement.critic_"))]
+        keys += ["trainer.critic_mini_batch_size", "trainer.algorithm.value_clip"]
+        if trainer.algorithm.advantage_estimator in ESTIMATORS:  # a function of one's own may read these
+            keys += ["trainer.algorithm.lambd"]
+            keys += ["trainer.algorithm.gamma"] if trainer.algorithm.advantage_estimator != "reinforce++" else []
+        for path in keys:
+            if checked.is_set(path):
+                yield warning(
+                    f"{checked.show(path)} has no effect: it is read with trainer.algorithm.advantage_estimator=gae, "
+                    f"found {trainer.algorithm.advantage_estimator}"
+                )
+        return
+    mini = trainer.critic_mini_batch_size
+    if mini is not None and trainer.train_batch_size % mini:
+        yield error(
+            f"{checked.show('trainer.critic_mini_batch_size')} does not divide trainer.train_batch_size="
+            f"{trainer.train_batch_size}: {trainer.train_batch_size % mini} prompts of each step would be left over"
+        )
+    policy = placement.policy_num_nodes, placement.policy_num_gpus_per_node
+    for path, wanted in zip(
+        ("trainer.placement.critic_num_nodes", "trainer.placement.critic_num_gpus_per_node"), policy, strict=True
+    ):
+        if checked.is_set(path) and checked.value(path) != wanted:
+            yield error(
+                f"{checked.show(path)}: the critic runs where the policy does, on {policy[0]} x {policy[1]} GPUs "
+                "(policy_num_nodes x policy_num_gpus_per_node); leave it out"
+            )
+
+
+def offload(checked: Checked) -> Iterator[Finding]:
+    if checked.config.trainer.placement.policy_num_gpus_per_node:
+        return
+    for path in (
+        "trainer.ref.offload_after_forward",
+        "trainer.policy.optimizer_config.offload_after_step",
+        "trainer.critic.optimizer_config.offload_after_step",
+    ):
+        if checked.is_set(path):
+            yield warning(f"{checked.show(path)} has no effect: the trainer is on the CPU, in host memory already")
+
+
 def groups(checked: Checked) -> Iterator[Finding]:
     config = checked.config
     count = config.generator.n_samples_per_prompt
-    if count == 1 and config.trainer.algorithm.advantage_estimator in ("grpo", "rloo"):
+    if count == 1 and config.trainer.algorithm.advantage_estimator in ("grpo", "rloo", "reinforce++_baseline"):
         yield error(
             f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator "
             f"{config.trainer.algorithm.advantage_estimator} compares the samples of one prompt, and a group of one "
@@ -173,6 +224,27 @@ def resuming(checked: Checked) -> Iterator[Finding]:
         )
 
 
+def asynchronous(checked: Checked) -> Iterator[Finding]:
+    keys = checked.config.trainer.fully_async
+    if keys.enabled:
+        if checked.config.generator.backend != "embedded":
+            yield error(
+                f"{checked.show('trainer.fully_async.enabled')}: asynchronous training runs on the embedded engine so "
+                f"far, found generator.backend={checked.config.generator.backend}"
+            )
+        if keys.num_parallel_generation_workers < checked.config.generator.n_samples_per_prompt:
+            yield warning(
+                f"{checked.show('trainer.fully_async.num_parallel_generation_workers')} is less than one group "
+                f"(generator.n_samples_per_prompt={checked.config.generator.n_samples_per_prompt}): its samples can't "
+                "share the work on their prompt"
+            )
+        return
+    for name in ("max_staleness_steps", "num_parallel_generation_workers", "deterministic"):
+        path = f"trainer.fully_async.{name}"
+        if checked.is_set(path):
+            yield warning(f"{checked.show(path)} has no effect: trainer.fully_async.enabled is false")
+
+
 def data(checked: Checked) -> Iterator[Finding]:
     config = checked.config
     generated = config.environment.env_class == "arithmetic" and not config.data.train_data
@@ -198,21 +270,26 @@ def data(checked: Checked) -> Iterator[Finding]:
 def schedule(checked: Checked) -> Iterator[Finding]:
     """Where the number of steps is known before the data is read."""
     config = checked.config
-    trainer, optimizer = config.trainer, config.trainer.policy.optimizer_config
+    trainer = config.trainer
     if config.data.train_data and trainer.max_steps is None:
         return
     steps = trainer.max_steps or trainer.epochs * (
         config.environment.arithmetic.num_train_prompts // trainer.train_batch_size
     )
     mini = trainer.policy_mini_batch_size or trainer.train_batch_size
-    updates = steps * trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini)
-    # The quickstart's own warm-up is cut to half of a short run (build.py); one that somebody chose is not touched.
-    chosen = checked.sources["trainer.policy.optimizer_config.num_warmup_steps"].kind != "base.yaml"
-    if chosen and optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= updates:
-        yield error(
-            f"trainer.policy.optimizer_config.num_warmup_steps={optimizer.num_warmup_steps} leaves nothing for "
-            f"scheduler {optimizer.scheduler}: the run has {updates} optimizer steps"
-        )
+    optimizers: list[tuple[str, PolicyOptimizer, int]] = [("policy", trainer.policy.optimizer_config, mini)]
+    if needs_critic(config):
+        optimizers.append(("critic", trainer.critic.optimizer_config, trainer.critic_mini_batch_size or mini))
+    for role, optimizer, mini_batch_size in optimizers:
+        updates = steps * trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini_batch_size)
+        # The quickstart's own warm-up is cut to half of a short run (build.py); one that somebody chose is not touched.
+        path = f"trainer.{role}.optimizer_config.num_warmup_steps"
+        chosen = checked.sources[path].kind != "base.yaml"
+        if chosen and optimizer.scheduler != "constant" and optimizer.num_warmup_steps >= updates:
+            yield error(
+                f"{path}={optimizer.num_warmup_steps} leaves nothing for scheduler {optimizer.scheduler}: the run has "
+                f"{updates} optimizer steps"
+            )
 
 
 TRAINING_RULES: tuple[Rule, ...] = (
@@ -221,9 +298,12 @@ TRAINING_RULES: tuple[Rule, ...] = (
     batch_sizes,
     micro_batches,
     kl,
+    critic,
+    offload,
     groups,
     sampling,
     resuming,
+    asynchronous,
     data,
     schedule,
 )

@@ -28,6 +28,10 @@ def needs_reference(config: Config) -> bool:
     return config.trainer.algorithm.use_kl_loss or config.trainer.algorithm.use_kl_in_reward
 
 
+def needs_critic(config: Config) -> bool:
+    return config.trainer.algorithm.advantage_estimator == "gae"
+
+
 def gpus_per_engine(config: Config) -> int:
     """With data-parallel attention the copies live inside the tensor-parallel group and take no GPUs of their own."""
     generator = config.generator
@@ -42,8 +46,7 @@ def count_gpus(config: Config) -> GpuCount:
         # The trainer is on the CPU, and so are its engines: a GPU for the engines alone is not planned for.
         return GpuCount(policy=0, ref=0, critic=0, engines=0, total=0, colocated=placement.colocate_all)
     ref = placement.ref_num_nodes * (placement.ref_num_gpus_per_node or 0) if needs_reference(config) else 0
-    uses_critic = config.trainer.algorithm.advantage_estimator == "gae"
-    critic = placement.critic_num_nodes * (placement.critic_num_gpus_per_node or 0) if uses_critic else 0
+    critic = placement.critic_num_nodes * (placement.critic_num_gpus_per_node or 0) if needs_critic(config) else 0
     if generator.backend == "embedded":
         engines = policy
     else:

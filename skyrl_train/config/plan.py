@@ -11,7 +11,7 @@ from typing import Any
 
 from skyrl_train.config.machine import Machine
 from skyrl_train.config.model_shape import BUILTIN_PREFIX, BYTES_PER_NUMBER, ModelShape, read_model_shape
-from skyrl_train.config.placement import GpuCount, count_gpus, gpus_per_engine, needs_reference
+from skyrl_train.config.placement import GpuCount, count_gpus, gpus_per_engine, needs_critic, needs_reference
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.sglang.command import command_line as sglang_command
 from skyrl_train.engines.sglang.command import server_arguments
@@ -147,6 +147,8 @@ def _memory(
     }
     if needs_reference(config) and (trainer.placement.colocate_policy_ref or trainer.placement.colocate_all):
         memory["reference"] = parameters * number // shards
+    if needs_critic(config) and trainer.critic.model.path in (None, trainer.policy.model.path):
+        memory["critic"] = parameters * (number + GRADIENT_BYTES + ADAM_BYTES + master) // shards
     per_token = shape.kv_bytes_per_token(BYTES_PER_NUMBER[generator.model_dtype or "float32"])
     fraction = generator.gpu_memory_utilization or 0.0
     wanted = (generator.max_num_seqs or 0) * (generator.max_model_len or 0)

@@ -86,7 +86,9 @@ class PolicyOptimizer(Group):
     scheduler: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="What the rate does after the warm-up, up to the last step."
     )
-    offload_after_step: bool = Field(False, description="Keep the optimizer's state in host memory between steps.")
+    offload_after_step: bool = Field(
+        False, description="Keep the optimizer's state in host memory between steps; for a GPU."
+    )
 
 
 class CriticOptimizer(PolicyOptimizer):
@@ -108,6 +110,9 @@ class Ref(Group):
     """The reference model; used only with a KL term."""
 
     model: RefModel
+    offload_after_forward: bool = Field(
+        False, description="Keep the reference in host memory between its forward passes; for a GPU."
+    )
 
 
 class Critic(Group):

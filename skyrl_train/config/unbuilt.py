@@ -42,32 +42,14 @@ def _more_than(bound: int) -> Callable[[Any], bool]:
     return lambda value: value is not None and value > bound
 
 
-_GRPO = "trainer.algorithm.advantage_estimator=grpo"
 _CLIP = "trainer.algorithm.policy_loss_type=regular or dual_clip"
-_SYNC = "leave it out: the loop is synchronous"
 _ONE_DEVICE = "one GPU (trainer.placement.policy_num_gpus_per_node=1) or the CPU (0)"
 _SERVERS = "leave it out; it is for generator.backend sglang and vllm"
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # Training
-    Unbuilt(prefix="trainer.fully_async", feature="asynchronous training", instead=_SYNC),
     Unbuilt(
-        prefix="trainer.algorithm.advantage_estimator",
-        feature="this estimator",
-        instead=f"{_GRPO}, or the dotted path of a function of your own",
-        values=_one_of("gae", "rloo", "reinforce++", "remax"),
-    ),
-    Unbuilt(prefix="trainer.critic", feature="the critic", instead=_GRPO),
-    *(
-        Unbuilt(prefix=f"trainer.{key}", feature="the critic", instead=_GRPO)
-        for key in (
-            "critic_mini_batch_size",
-            "placement.critic_num_nodes",
-            "placement.critic_num_gpus_per_node",
-            "algorithm.value_clip",
-            "algorithm.gamma",
-            "algorithm.lambd",
-        )
+        prefix="trainer.critic.model.lora", feature="a critic of adapters", instead="all of its weights: leave it out"
     ),
     Unbuilt(
         prefix="trainer.algorithm.policy_loss_type",
@@ -80,26 +62,10 @@ UNBUILT: tuple[Unbuilt, ...] = (
         for name in ("sapo", "cispo", "clip_cov", "kl_cov")
     ),
     Unbuilt(
-        prefix="trainer.algorithm.use_kl_in_reward",
-        feature="the KL in the reward",
-        instead="trainer.algorithm.use_kl_loss=true",
-    ),
-    Unbuilt(
         prefix="trainer.algorithm.kl_ctrl",
         feature="the adaptive KL controller",
         instead="a fixed trainer.algorithm.kl_loss_coef",
     ),
-    Unbuilt(
-        prefix="trainer.algorithm.advantage_batch_normalize",
-        feature="advantages normalized over the batch",
-        instead="trainer.algorithm.grpo_norm_by_std",
-    ),
-    Unbuilt(
-        prefix="trainer.algorithm.zero_variance_filter",
-        feature="the zero-variance filter",
-        instead="leave it out: such groups have advantage 0",
-    ),
-    Unbuilt(prefix="trainer.algorithm.dynamic_sampling", feature="dynamic sampling", instead="leave it out"),
     *(
         Unbuilt(
             prefix=f"trainer.algorithm.{key}",
@@ -109,11 +75,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
         for key in ("use_tis", "tis_imp_ratio_cap")
     ),
     Unbuilt(prefix="trainer.policy.model.lora", feature="LoRA training", instead="full weights: leave it out"),
-    Unbuilt(
-        prefix="trainer.policy.optimizer_config.offload_after_step",
-        feature="optimizer state in host memory",
-        instead="leave it out",
-    ),
     Unbuilt(prefix="trainer.fsdp_config", feature="FSDP2", instead=_ONE_DEVICE),
     Unbuilt(prefix="trainer.sequence_parallel_size", feature="sequence parallelism", instead=_ONE_DEVICE),
     *(
@@ -124,7 +85,10 @@ UNBUILT: tuple[Unbuilt, ...] = (
             values=_more_than(1),
             backends=("embedded",),
         )
-        for key in ("policy_num_gpus_per_node", "policy_num_nodes", "ref_num_nodes", "ref_num_gpus_per_node")
+        for key in (
+            *("policy_num_gpus_per_node", "policy_num_nodes", "ref_num_nodes", "ref_num_gpus_per_node"),
+            *("critic_num_nodes", "critic_num_gpus_per_node"),
+        )
     ),
     Unbuilt(
         prefix="trainer.micro_forward_batch_size_per_gpu",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
+from pathlib import Path
 
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.data.pack import pack
+from skyrl_train.training.critic import CriticTrainer, update_critic
 from skyrl_train.training.experience import Experience
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
-from skyrl_train.types import TrainBatch, TrainingSample, WeightUpdate
+from skyrl_train.types import CopiedWeights, LocalWeights, TrainBatch, TrainingSample, WeightUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """What the loop hands its samples to. `mini_batch_size` counts prompts; give one of the two packing limits."""
+    """What the loop hands its samples to. `mini_batch_size` counts prompts; give one of the two packing limits.
+
+    `reference_in_loss` False: the reference serves the reward only, and updates don't run it.
+    """
 
     trainer: PolicyTrainer
     loss_fn: LossFn
@@ -24,18 +29,29 @@ class Learner:
     num_epochs: int = 1
     max_tokens_per_micro_batch: int | None = None
     micro_batch_size: int | None = None
+    reference_in_loss: bool = True
+    engine_has_copy: bool = False
+    critic: CriticTrainer | None = None
+    critic_mini_batch_size: int | None = None  # None is the policy's
 
     def update(self, experience: Experience) -> dict[str, float]:
-        """One update of the policy for each mini-batch and epoch; returns the metrics."""
+        """One update of the policy, and of the critic, for each mini-batch and epoch; returns the metrics."""
         if not any(bool(sample.loss_mask.any()) for sample in experience.samples):
             # Everything was filtered: the weights stay, and the step says so.
             return {"policy/version": self.trainer.version, "train/num_loss_tokens": 0, "train/num_updates": 0}
         batches = [self._pack(part) for part in mini_batches(experience.samples, self.mini_batch_size)]
-        result = update_policy(self.trainer, batches, self.loss_fn, num_epochs=self.num_epochs)
+        result = update_policy(
+            self.trainer,
+            batches,
+            self.loss_fn,
+            num_epochs=self.num_epochs,
+            use_reference=self.reference_in_loss,
+        )
         tokens = sum(batch.num_loss_tokens for batch in batches)
         rows = sum(len(m.token_ids) for batch in batches for rank in batch.micro_batches for m in rank)
         return {
             **result.metrics,
+            **self._update_critic(experience.samples),
             "policy/version": result.version,
             "train/num_loss_tokens": tokens,
             "train/num_rows": rows,
@@ -43,8 +59,28 @@ class Learner:
         }
 
     def export_weights(self) -> WeightUpdate:
-        """The weights after the last update."""
-        return self.trainer.export_weights(self.trainer.version)
+        """The weights after the last update; to be copied by an engine that has a module of its own."""
+        update = self.trainer.export_weights(self.trainer.version)
+        if self.engine_has_copy and isinstance(update.source, LocalWeights):
+            return replace(update, source=CopiedWeights(tensors=self.trainer.model.state_dict()))
+        return update
+
+    def parts(self) -> Mapping[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
+        """What a checkpoint holds of the models: name -> (save into a folder, load from it)."""
+        parts: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
+            "policy": (self.trainer.save, self.trainer.load)
+        }
+        if self.critic is not None:
+            parts["critic"] = (self.critic.save, self.critic.load)
+        return parts
+
+    def _update_critic(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
+        if self.critic is None:
+            return {}
+        batches = [
+            self._pack(part) for part in mini_batches(samples, self.critic_mini_batch_size or self.mini_batch_size)
+        ]
+        return update_critic(self.critic, batches, num_epochs=self.num_epochs)
 
     def _pack(self, samples: Sequence[TrainingSample]) -> TrainBatch:
         return pack(

@@ -19,19 +19,24 @@ class PolicyUpdate:
 
 
 def update_policy(
-    trainer: PolicyTrainer, mini_batches: Sequence[TrainBatch], loss_fn: LossFn, *, num_epochs: int = 1
+    trainer: PolicyTrainer,
+    mini_batches: Sequence[TrainBatch],
+    loss_fn: LossFn,
+    *,
+    num_epochs: int = 1,
+    use_reference: bool = True,
 ) -> PolicyUpdate:
     """One optimizer step per mini-batch and epoch.
 
     Old log-probabilities are those before the first update: with one mini-batch and one epoch that is the forward
     pass of the update itself, otherwise a pass over all mini-batches comes first. Reference ones are computed
-    wherever the trainer has a reference.
+    wherever the trainer has a reference, unless `use_reference` says that the loss doesn't look at them.
     """
     old = None
     if len(mini_batches) * num_epochs > 1:
         old = [trainer.forward(batch) for batch in mini_batches]
     ref = None
-    if trainer.has_reference:
+    if use_reference and trainer.has_reference:
         ref = [trainer.forward(batch, which="reference") for batch in mini_batches]
     steps: list[dict[str, float]] = []
     for _ in range(num_epochs):
