@@ -17,17 +17,25 @@ from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.algorithms.policy_losses import POLICY_LOSSES
 from skyrl_train.algorithms.reductions import LOSS_REDUCTIONS
 from skyrl_train.algorithms.registry import bind, resolve
+from skyrl_train.config.placement import needs_critic, needs_reference
 from skyrl_train.config.schema import Config
+from skyrl_train.config.schema_algorithm import Algorithm
 from skyrl_train.config.schema_generator import SamplingParams as SamplingKeys
+from skyrl_train.config.schema_trainer import PolicyOptimizer
 from skyrl_train.data.chat import render_prompt
 from skyrl_train.data.rows import PromptRow, read_rows
+from skyrl_train.engines.base import GenerateFn
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.entrypoints.build_async import own_weights
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.agent import Agent
-from skyrl_train.training.experience import ExperienceMaker
+from skyrl_train.rollout.overlong import SoftPunishment
+from skyrl_train.rollout.selection import DynamicSampling, Selection
+from skyrl_train.training.critic import CriticTrainer, ValueNetwork
+from skyrl_train.training.experience import ExperienceMaker, KlInReward
 from skyrl_train.training.learner import Learner
 from skyrl_train.training.model import load_model
 from skyrl_train.training.optimizer import OptimizerSettings
@@ -113,32 +121,20 @@ def device_of(config: Config) -> str:
 
 
 def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Learner:
-    """Policy, reference model if a KL wants one, optimizer and objective."""
+    """Policy, reference model if a KL wants one, critic if the estimator wants one, optimizers and objective."""
     keys, algorithm = config.trainer, config.trainer.algorithm
     dtype = getattr(torch, keys.policy.model.dtype or "float32")
     device = device_of(config)
     model = load_model(model_folder, dtype=dtype, device=device)
     reference: PreTrainedModel | None = None
-    if algorithm.use_kl_loss:
-        same = keys.ref.model.path in {None, keys.policy.model.path}
-        reference = load_model(model_folder if same else str(keys.ref.model.path), dtype=dtype, device=device)
+    if needs_reference(config):
+        reference = load_model(_folder(keys.ref.model.path, config, model_folder), dtype=dtype, device=device)
     mini_batch_size = keys.policy_mini_batch_size or keys.train_batch_size
-    updates = keys.update_epochs_per_batch * -(-keys.train_batch_size // mini_batch_size)
-    optimizer = keys.policy.optimizer_config
-    num_updates = total_steps * updates
     trainer = PolicyTrainer(
         model,
-        OptimizerSettings(
-            lr=optimizer.lr,
-            adam_betas=optimizer.adam_betas,
-            weight_decay=optimizer.weight_decay,
-            max_grad_norm=optimizer.max_grad_norm,
-            scheduler=optimizer.scheduler,
-            # A run that is cut short warms up over half of it at most.
-            num_warmup_steps=min(optimizer.num_warmup_steps, num_updates // 2),
-            num_steps=num_updates,
-        ),
+        _optimizer_settings(config, keys.policy.optimizer_config, mini_batch_size, total_steps),
         reference=reference,
+        offload_reference=keys.ref.offload_after_forward and device != "cpu",
         temperature=config.generator.sampling_params.temperature,
         gradient_checkpointing=keys.gradient_checkpointing,
     )
@@ -149,6 +145,47 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
         num_epochs=keys.update_epochs_per_batch,
         max_tokens_per_micro_batch=keys.max_tokens_per_micro_batch,
         micro_batch_size=keys.micro_train_batch_size_per_gpu,
+        reference_in_loss=algorithm.use_kl_loss,
+        engine_has_copy=keys.fully_async.enabled,
+        critic=_critic(config, model_folder, total_steps=total_steps) if needs_critic(config) else None,
+        critic_mini_batch_size=keys.critic_mini_batch_size,
+    )
+
+
+def _critic(config: Config, model_folder: Path, *, total_steps: int) -> CriticTrainer:
+    keys = config.trainer
+    dtype = getattr(torch, keys.policy.model.dtype or "float32")
+    folder = _folder(keys.critic.model.path, config, model_folder)
+    mini_batch_size = keys.critic_mini_batch_size or keys.policy_mini_batch_size or keys.train_batch_size
+    return CriticTrainer(
+        ValueNetwork(load_model(folder, dtype=dtype, device=device_of(config))),
+        _optimizer_settings(config, keys.critic.optimizer_config, mini_batch_size, total_steps),
+        value_clip=keys.algorithm.value_clip,
+        gradient_checkpointing=keys.gradient_checkpointing,
+    )
+
+
+def _folder(path: str | None, config: Config, policy_folder: Path) -> Path:
+    """Of the reference or the critic; a model made here has its folder in the cache."""
+    return policy_folder if path in {None, config.trainer.policy.model.path} else Path(str(path))
+
+
+def _optimizer_settings(
+    config: Config, keys: PolicyOptimizer, mini_batch_size: int, total_steps: int
+) -> OptimizerSettings:
+    trainer = config.trainer
+    updates = trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini_batch_size)
+    num_updates = total_steps * updates
+    return OptimizerSettings(
+        lr=keys.lr,
+        adam_betas=keys.adam_betas,
+        weight_decay=keys.weight_decay,
+        max_grad_norm=keys.max_grad_norm,
+        scheduler=keys.scheduler,
+        # A run that is cut short warms up over half of it at most.
+        num_warmup_steps=min(keys.num_warmup_steps, num_updates // 2),
+        num_steps=num_updates,
+        offload_after_step=keys.offload_after_step and device_of(config) != "cpu",
     )
 
 
@@ -164,6 +201,28 @@ def _objective(config: Config) -> PolicyObjective:
     )
 
 
+def build_selection(config: Config) -> Selection:
+    """Which rollouts a step learns from."""
+    keys, algorithm = config.trainer, config.trainer.algorithm
+    dynamic, overlong = algorithm.dynamic_sampling, algorithm.overlong
+    longest = config.generator.sampling_params.max_generate_length
+    return Selection(
+        batch_size=keys.train_batch_size,
+        dynamic_sampling=DynamicSampling(
+            type=dynamic.type, max_batches=dynamic.max_sample_batches, min_replace_ratio=dynamic.min_replace_ratio
+        )
+        if dynamic.type is not None
+        else None,
+        zero_variance_filter=algorithm.zero_variance_filter,
+        punishment=SoftPunishment(
+            max_tokens=longest, cache_tokens=overlong.cache_tokens or max(longest // 5, 1), penalty=overlong.penalty
+        )
+        if overlong.soft_punishment
+        else None,
+        seed=keys.seed,
+    )
+
+
 def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
     """Scored groups -> training samples, by the configured estimator."""
     algorithm = config.trainer.algorithm
@@ -171,22 +230,31 @@ def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
     return ExperienceMaker(
         estimator=bind(estimator, algorithm.model_dump()),
         trainer=learner.trainer,
+        critic=learner.critic,
+        kl=_kl_in_reward(algorithm) if algorithm.use_kl_in_reward else None,
         normalize=algorithm.advantage_batch_normalize,
+        skip_truncated=algorithm.overlong.filter,
         max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
         micro_batch_size=learner.micro_batch_size,
     )
 
 
+def _kl_in_reward(algorithm: Algorithm) -> KlInReward:
+    estimator = resolve("KL estimator", KL_ESTIMATORS, algorithm.kl_estimator_type)
+    return KlInReward(estimator=estimator, coefficient=lambda: algorithm.kl_loss_coef)
+
+
 def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
-    """The embedded engine over the trainer's own module, at the trainer's version."""
+    """The embedded engine at the trainer's version: over the trainer's own module, or a copy where both work at once."""
     keys = config.generator
+    model = learner.trainer.model
     optional: dict[str, Any] = {
         "max_num_seqs": keys.max_num_seqs,
         "max_num_batched_tokens": keys.max_num_batched_tokens,
         **keys.engine_init_kwargs,
     }
     return EmbeddedEngine(
-        learner.trainer.model,
+        own_weights(model) if config.trainer.fully_async.enabled else model,
         tokenizer,
         config=EmbeddedConfig(
             max_context_len=keys.max_model_len,
@@ -199,10 +267,10 @@ def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEn
     )
 
 
-def build_agent(config: Config, engine: EmbeddedEngine, tokenizer: Any, data: Data) -> Agent:
+def build_agent(config: Config, generate: GenerateFn, tokenizer: Any, data: Data) -> Agent:
     """What runs the trajectories."""
     return Agent(
-        generate=engine.generate,
+        generate=generate,
         tokenizer=tokenizer,
         environments=data.environments,
         environment_config=config.environment,

@@ -25,6 +25,7 @@ from skyrl_train.entrypoints.build import (
     build_engine,
     build_experience,
     build_learner,
+    build_selection,
     load_data,
     load_tokenizer,
     sampling_params,
@@ -38,7 +39,6 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
-from skyrl_train.rollout.selection import TakeAll
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf
 
@@ -86,7 +86,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
         )
         total_steps = min(prompts.num_steps(keys.epochs), keys.max_steps or sys.maxsize)
         learner = build_learner(config, model_folder, total_steps=total_steps)
-        first_step = state.restore(learner.trainer, prompts)
+        first_step = state.restore(learner.parts(), prompts)
         if first_step:
             progress.message(f"resumed after step {first_step} from {state.resumed_from}")
         for change in state.changes:
@@ -124,10 +124,10 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 ),
                 prompts=prompts,
                 eval_prompts=eval_prompts(data.held_out),
-                agent=build_agent(config, engine, tokenizer, data),
+                agent=build_agent(config, engine.generate, tokenizer, data),
                 engine=engine,
                 policy=learner,
-                selection=TakeAll(),
+                selection=build_selection(config),
                 experience=build_experience(config, learner),
                 num_samples=config.generator.n_samples_per_prompt,
                 num_eval_samples=config.generator.eval_n_samples_per_prompt,
@@ -135,9 +135,10 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 eval_sampling=sampling_params(config.generator.eval_sampling_params),
                 seed=keys.seed,
                 max_failed_frac=config.environment.max_failed_frac,
+                greedy_baseline=keys.algorithm.advantage_estimator == "remax",
                 log=log,
                 phases=phases,
-                save=lambda step: state.save(step, learner.trainer, prompts),
+                save=lambda step: state.save(step, learner.parts(), prompts),
                 export=export,
             )
             # What is built stays: without this the collector walks all of it every few steps.

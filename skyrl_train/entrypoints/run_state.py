@@ -11,12 +11,11 @@ from skyrl_train.config.compose import flatten
 from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
 from skyrl_train.data.stream import PromptStream
 from skyrl_train.errors import CheckpointError
-from skyrl_train.training.checkpoint import Checkpoint, CheckpointStore, open_checkpoint
-from skyrl_train.training.trainer import PolicyTrainer
+from skyrl_train.training.checkpoint import Checkpoint, CheckpointStore, Parts, open_checkpoint
 
 
 class RunState:
-    """Saves and restores (trainer, data position, step) of one run.
+    """Saves and restores (models, data position, step) of one run.
 
     `resumed_from` is the checkpoint that `restore` used, `changes` the configuration's differences to it, and
     `set_aside` where checkpoints of an earlier run went that this one was told not to go on from.
@@ -32,21 +31,25 @@ class RunState:
         self.set_aside: Path | None = None
         self.changes: list[str] = []
 
-    def restore(self, trainer: PolicyTrainer, prompts: PromptStream) -> int:
-        """Load the checkpoint that `resume_mode` names into both; the step it was taken after, 0 for a fresh start."""
+    def restore(self, parts: Parts, prompts: PromptStream) -> int:
+        """Load the checkpoint that `resume_mode` names into all of them.
+
+        Returns the step it was taken after, 0 for a fresh start.
+        """
         found = self._find()
         if found is None:
             return 0
-        trainer.load(found.path / "policy")
+        for name, (_, load) in parts.items():
+            load(found.path / name)
         prompts.load_state_dict(found.run_state["prompts"])
         self.changes = _changes(found.run_state["settings"], self._settings)
         self.resumed_from = found.path
         return found.step
 
-    def save(self, step: int, trainer: PolicyTrainer, prompts: PromptStream) -> None:
+    def save(self, step: int, parts: Parts, prompts: PromptStream) -> None:
         """Everything that going on after `step` needs; whole on the disk or not there."""
         run_state = {"prompts": prompts.state_dict(), "settings": self._settings}
-        self._store.save(step, {"policy": trainer.save}, run_state)
+        self._store.save(step, {name: save for name, (save, _) in parts.items()}, run_state)
 
     def _find(self) -> Checkpoint | None:
         if self._keys.resume_mode == "from_path":

@@ -36,6 +36,12 @@ _NAME = re.compile(r"global_step_(\d+)")
 WritePart = Callable[[Path], None]
 """Writes its files into the folder that it is given, such as `PolicyTrainer.save`."""
 
+ReadPart = Callable[[Path], None]
+"""Reads them from there again, such as `PolicyTrainer.load`."""
+
+Parts = Mapping[str, tuple[WritePart, ReadPart]]
+"""What a checkpoint has a folder for, by name."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.data.pack import pack
+from skyrl_train.training.checkpoint import Parts, ReadPart, WritePart
 from skyrl_train.training.critic import CriticTrainer, update_critic
 from skyrl_train.training.experience import Experience
 from skyrl_train.training.trainer import PolicyTrainer
@@ -65,11 +65,9 @@ class Learner:
             return replace(update, source=CopiedWeights(tensors=self.trainer.model.state_dict()))
         return update
 
-    def parts(self) -> Mapping[str, tuple[Callable[[Path], None], Callable[[Path], None]]]:
-        """What a checkpoint holds of the models: name -> (save into a folder, load from it)."""
-        parts: dict[str, tuple[Callable[[Path], None], Callable[[Path], None]]] = {
-            "policy": (self.trainer.save, self.trainer.load)
-        }
+    def parts(self) -> Parts:
+        """What a checkpoint holds of the models."""
+        parts: dict[str, tuple[WritePart, ReadPart]] = {"policy": (self.trainer.save, self.trainer.load)}
         if self.critic is not None:
             parts["critic"] = (self.critic.save, self.critic.load)
         return parts
