@@ -9,6 +9,7 @@
       EnvironmentFailure     a reward or an environment raised: one trajectory fails
       CheckpointError        a checkpoint is missing, cut short or of another run
       DataError              a data row is malformed: names file and row
+      SelectionError         dynamic sampling found too few groups that teach anything
 
 Our own bugs are `assert` with the values.
 """
@@ -54,3 +55,7 @@ class CheckpointError(SkyRLError):
 
 class DataError(SkyRLError):
     """A data row can't be read; the message names the file and the row."""
+
+
+class SelectionError(SkyRLError):
+    """The rollouts of a step teach too little to go on: dynamic sampling drew as often as it may."""

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from skyrl_train.algorithms.normalize import normalize
+from skyrl_train.algorithms.scan import scan_backwards
+
 STD_EPSILON = 1e-6
 
 
@@ -61,6 +64,82 @@ def grpo(inputs: AdvantageInputs, *, grpo_norm_by_std: bool = True) -> torch.Ten
 
         scores 1 0 0 1 | 5      groups 0 0 0 0 | 1      advantages 0.866 -0.866 -0.866 0.866 | 0
     """
+    centred, sizes = _centred(inputs)
+    if grpo_norm_by_std:
+        squares = centred.new_zeros(len(sizes)).index_add_(0, inputs.group_index, centred.square())
+        std = (squares / (sizes - 1).clamp_min(1)).sqrt()
+        centred = centred / (std + STD_EPSILON)[inputs.group_index]
+    return inputs.spread(centred.float())
+
+
+def rloo(inputs: AdvantageInputs) -> torch.Tensor:
+    """Score minus the mean of the group's others, the same for all tokens: [T] float32.
+
+    REINFORCE leave-one-out, Ahmadian et al. (arXiv:2402.14740):
+    A_i = r_i - sum over j != i of r_j / (k - 1), which is k / (k - 1) times the distance to the group's mean.
+    A group of one has no others: its advantage is 0, not the raw score.
+
+        scores 1 0 0 1 | 5      groups 0 0 0 0 | 1      advantages 2/3 -2/3 -2/3 2/3 | 0
+    """
+    centred, sizes = _centred(inputs)
+    scale = sizes / (sizes - 1).clamp_min(1)
+    return inputs.spread((centred * scale[inputs.group_index]).float())
+
+
+def remax(inputs: AdvantageInputs) -> torch.Tensor:
+    """Score minus that of the prompt's greedy answer, the same for all tokens: [T] float32.
+
+    ReMax (arXiv:2310.10505), algorithm 1. Raises ValueError where the greedy answers are missing.
+    """
+    if inputs.baselines is None:
+        raise ValueError("remax subtracts the score of each prompt's greedy answer, and no baselines were given")
+    return inputs.spread((inputs.scores.double() - inputs.baselines.double()).float())
+
+
+def reinforce_plus_plus(inputs: AdvantageInputs, *, gamma: float = 1.0) -> torch.Tensor:
+    """Discounted reward-to-go of each token, normalized over the tokens of the batch: [T] float32.
+
+    REINFORCE++ (arXiv:2501.03262): A_t = sum over u >= t of gamma^(u - t) r_u, then minus the batch's mean, over its
+    deviation. There is no baseline of the prompt: one sample a prompt is enough.
+
+        rewards 0 0 1 | 0 -1      gamma 0.5      to go 0.25 0.5 1 | -0.5 -1
+    """
+    return normalize(scan_backwards(inputs.rewards, inputs.trajectory_index, gamma)).float()
+
+
+def reinforce_plus_plus_baseline(inputs: AdvantageInputs) -> torch.Tensor:
+    """Score minus the group's mean, normalized over the tokens of the batch: [T] float32.
+
+    The variant with a baseline of REINFORCE++ (arXiv:2501.03262): all groups share one deviation, so a group that
+    nearly agrees is not blown up to the size of one that doesn't, as it is by grpo.
+    """
+    centred, _ = _centred(inputs)
+    return normalize(inputs.spread(centred)).float()
+
+
+def gae(inputs: AdvantageInputs, *, gamma: float = 1.0, lambd: float = 1.0) -> torch.Tensor:
+    """Generalized advantage estimation over the tokens that the policy sampled: [T] float32.
+
+    Schulman et al. (arXiv:1506.02438), equation 16, as a backward recursion in float64:
+
+        delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambd A_{t+1}
+
+    "Next" is the trajectory's next sampled token: observations between turns are no actions, so they take no
+    discount and no value. After the last token both are 0, also where the answer was cut off by its length.
+
+        rewards 0 1    values 0.5 0.25    gamma 1    lambd 0.5    delta -0.25 0.75    advantages 0.125 0.75
+    """
+    if inputs.values is None:
+        raise ValueError("gae needs the critic's values, and none were given")
+    values, index = inputs.values.double(), inputs.trajectory_index
+    following = torch.zeros_like(values)
+    following[:-1] = torch.where(index[1:] == index[:-1], values[1:], 0.0)
+    deltas = inputs.rewards.double() + gamma * following - values
+    return scan_backwards(deltas, index, gamma * lambd).float()
+
+
+def _centred(inputs: AdvantageInputs) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each score minus its group's mean [B], and the groups' sizes [num_groups]; float64."""
     scores, group_index = inputs.scores.double(), inputs.group_index
     num_groups = int(group_index.max()) + 1 if len(group_index) else 0
     sizes = torch.bincount(group_index, minlength=num_groups).double()
@@ -69,12 +148,14 @@ def grpo(inputs: AdvantageInputs, *, grpo_norm_by_std: bool = True) -> torch.Ten
     # Exactly 0 where the group agrees: the mean of equal floats may differ from them in the last bit.
     member = scores.new_zeros(num_groups).index_copy_(0, group_index, scores)
     num_different = scores.new_zeros(num_groups).index_add_(0, group_index, (scores != member[group_index]).double())
-    centred = torch.where((num_different == 0)[group_index], 0.0, centred)
-    if grpo_norm_by_std:
-        squares = scores.new_zeros(num_groups).index_add_(0, group_index, centred.square())
-        std = (squares / (sizes - 1).clamp_min(1)).sqrt()
-        centred = centred / (std + STD_EPSILON)[group_index]
-    return inputs.spread(centred.float())
+    return torch.where((num_different == 0)[group_index], 0.0, centred), sizes
 
 
-ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {"grpo": grpo}
+ADVANTAGE_ESTIMATORS: dict[str, AdvantageEstimator] = {
+    "grpo": grpo,
+    "gae": gae,
+    "rloo": rloo,
+    "reinforce++": reinforce_plus_plus,
+    "reinforce++_baseline": reinforce_plus_plus_baseline,
+    "remax": remax,
+}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from skyrl_train.config.check_engine import ENGINE_RULES
+from skyrl_train.config.check_selection import SELECTION_RULES
 from skyrl_train.config.check_speculation import SPECULATION_RULES
 from skyrl_train.config.check_training import TRAINING_RULES
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
@@ -132,6 +133,7 @@ RULES: tuple[Rule, ...] = (
     context_fits,
     quickstart_numbers_with_another_model,
     *TRAINING_RULES,
+    *SELECTION_RULES,
     *ENGINE_RULES,
     *SPECULATION_RULES,
 )

@@ -24,11 +24,32 @@ class DynamicSampling(Group):
 
     type: Literal["filter", "replace"] | None = Field(
         None,
-        description="filter samples further batches until enough groups have mixed rewards; replace fills up with "
-        "copies of good groups; null is off.",
+        description="filter samples further batches until enough groups have mixed rewards, and drops what is beyond "
+        "the batch; replace fills up with copies of good groups; null is off.",
     )
-    max_sample_batches: Positive = Field(30, description="Batches that filter may draw for one step before it stops.")
-    min_replace_ratio: Fraction = Field(0.3, description="Least fraction of good groups that replace needs.")
+    max_sample_batches: Positive = Field(
+        30, description="Batches that may be drawn for one step; when they are not enough, the run ends in an error."
+    )
+    min_replace_ratio: Fraction = Field(
+        0.3, description="Fraction of a batch that must be good groups for replace; it draws on until it is."
+    )
+
+
+class Overlong(Group):
+    """Answers that reach their length limit (DAPO, section 3.4)."""
+
+    filter: bool = Field(
+        False,
+        description="Leave truncated answers out of the loss; they still count in their group's baseline.",
+    )
+    soft_punishment: bool = Field(
+        False, description="Take up to penalty off the reward of an answer that comes near its length limit."
+    )
+    cache_tokens: Positive | None = Field(
+        None,
+        description="The punishment grows over this many tokens before max_generate_length; null is a fifth of it.",
+    )
+    penalty: float = Field(1.0, gt=0, description="What an answer of full length loses.")
 
 
 class Sapo(Group):
@@ -67,7 +88,8 @@ class Algorithm(Group):
 
     advantage_estimator: str = Field(
         "grpo",
-        description="grpo, gae, rloo, reinforce++ or remax; or a dotted path to a function of your own.",
+        description="grpo, gae, rloo, reinforce++, reinforce++_baseline or remax; or a dotted path to a function of "
+        "your own.",
     )
     policy_loss_type: str = Field(
         "regular",
@@ -100,9 +122,12 @@ class Algorithm(Group):
         False, description="Shift and scale advantages over the whole batch to mean 0 and deviation 1."
     )
     zero_variance_filter: bool = Field(
-        False, description="Leave groups whose rewards are all equal out of the loss (their advantages are 0 anyway)."
+        False,
+        description="Leave groups whose rewards are all equal out of the batch: compared within the group they have "
+        "advantage 0, and take part in the loss's mean all the same.",
     )
     dynamic_sampling: DynamicSampling
+    overlong: Overlong
     use_tis: bool = Field(False, description="Weigh tokens by the truncated ratio of trainer to engine probability.")
     tis_imp_ratio_cap: float = Field(2.0, gt=0, description="Where that ratio is truncated.")
     sapo: Sapo
@@ -115,5 +140,14 @@ class FullyAsync(Group):
     """Generation and training at the same time."""
 
     enabled: bool = Field(False, description="Generate while training, with bounded staleness.")
-    max_staleness_steps: NonNegative = Field(4, description="Training steps that a sample may be behind the policy.")
+    max_staleness_steps: NonNegative = Field(
+        1,
+        description="Training steps that a sample may be behind the policy: 0 is the synchronous loop, 1 is one step "
+        "off policy.",
+    )
     num_parallel_generation_workers: Positive = Field(768, description="Trajectories in flight at once.")
+    deterministic: bool = Field(
+        True,
+        description="New weights land when the next batch is complete, so that a run can be repeated and resumed to "
+        "the bit; false: as soon as they are there, for fresher samples.",
+    )
