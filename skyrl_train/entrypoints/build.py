@@ -245,7 +245,7 @@ def _kl_in_reward(algorithm: Algorithm) -> KlInReward:
 
 
 def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
-    """The embedded engine at the trainer's version: over the trainer's own module, or a copy where both work at once."""
+    """The embedded engine at the trainer's version: over its very module, or a copy where both work at once."""
     keys = config.generator
     model = learner.trainer.model
     optional: dict[str, Any] = {

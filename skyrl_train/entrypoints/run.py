@@ -17,7 +17,9 @@ from typing import IO, Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from skyrl_train.async_loop import train_async
 from skyrl_train.config.load import LoadedConfig, plain
+from skyrl_train.config.schema import Config
 from skyrl_train.data.chat import response_text
 from skyrl_train.data.stream import PromptStream, eval_prompts
 from skyrl_train.entrypoints.build import (
@@ -26,10 +28,12 @@ from skyrl_train.entrypoints.build import (
     build_experience,
     build_learner,
     build_selection,
+    device_of,
     load_data,
     load_tokenizer,
     sampling_params,
 )
+from skyrl_train.entrypoints.build_async import build_async, build_pipeline
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
 from skyrl_train.errors import ConfigError, SkyRLError
@@ -39,10 +43,14 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf
 
 logger = logging.getLogger(__name__)
+
+ROLLOUTS = "rollouts"
+"""The part of a checkpoint that holds what the asynchronous loop has in flight."""
 
 DONE, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 
@@ -98,6 +106,14 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
         if first_step:
             progress.restore(row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= first_step)
         phases = PhaseTimer(on_start=progress.phase)
+        pipeline: RolloutPipeline | None = None
+
+        def save(step: int) -> None:
+            if pipeline is None:
+                state.save(step, learner.parts(), prompts.state_dict())
+            else:
+                parts = {**learner.parts(), ROLLOUTS: (pipeline.save, pipeline.load)}
+                state.save(step, parts, pipeline.stream_state())
 
         def export(step: int) -> None:
             last = step == total_steps
@@ -138,13 +154,15 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 greedy_baseline=keys.algorithm.advantage_estimator == "remax",
                 log=log,
                 phases=phases,
-                save=lambda step: state.save(step, learner.parts(), prompts),
+                save=save,
                 export=export,
             )
+            if keys.fully_async.enabled:
+                pipeline = build_pipeline(config, job, lambda generate: build_agent(config, generate, tokenizer, data))
             # What is built stays: without this the collector walks all of it every few steps.
             gc.collect()
             gc.freeze()
-            last_step = asyncio.run(_train(job, first_step, progress))
+            last_step = asyncio.run(_train(config, job, pipeline, state, first_step, progress))
         report = write_report(run_dir)
         progress.message(f"report {report}")
         if last_step < total_steps:
@@ -153,8 +171,10 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
     return DONE
 
 
-async def _train(job: Job, first_step: int, progress: Progress) -> int:
-    """Runs the loop; the first Ctrl-C ends it after the step in flight, the second at once."""
+async def _train(
+    config: Config, job: Job, pipeline: RolloutPipeline | None, state: RunState, first_step: int, progress: Progress
+) -> int:
+    """Runs the loop that is configured; the first Ctrl-C ends it after the step in flight, the second at once."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -169,7 +189,11 @@ async def _train(job: Job, first_step: int, progress: Progress) -> int:
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, interrupt)
     try:
-        return await train(job, first_step=first_step)
+        if pipeline is None:
+            return await train(job, first_step=first_step)
+        if state.resumed_from is not None and (state.resumed_from / ROLLOUTS).is_dir():
+            pipeline.load(state.resumed_from / ROLLOUTS)
+        return await train_async(build_async(config, job, pipeline, device=device_of(config)), first_step=first_step)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:

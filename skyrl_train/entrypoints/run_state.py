@@ -46,9 +46,9 @@ class RunState:
         self.resumed_from = found.path
         return found.step
 
-    def save(self, step: int, parts: Parts, prompts: PromptStream) -> None:
-        """Everything that going on after `step` needs; whole on the disk or not there."""
-        run_state = {"prompts": prompts.state_dict(), "settings": self._settings}
+    def save(self, step: int, parts: Parts, prompts: Mapping[str, Any]) -> None:
+        """Everything that going on after `step` needs; whole on the disk or not there. `prompts`: the data position."""
+        run_state = {"prompts": prompts, "settings": self._settings}
         self._store.save(step, {name: save for name, (save, _) in parts.items()}, run_state)
 
     def _find(self) -> Checkpoint | None:
