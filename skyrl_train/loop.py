@@ -22,6 +22,7 @@ from skyrl_train.engines.base import Engine
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import Rollouts, run_groups
+from skyrl_train.rollout.pass_at_k import pass_at_k_metrics
 from skyrl_train.training.experience import Experience
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrajectoryId, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
@@ -185,4 +186,5 @@ async def evaluate(job: Job, step: int) -> dict[str, float]:
         "eval/reward_mean": sum(rewards) / len(rewards),
         "eval/response_len_mean": lengths["rollout/response_len_mean"],
         "eval/num_failed": rollouts.num_failed,
+        **(pass_at_k_metrics(rollouts, num_samples=job.num_eval_samples) if job.num_eval_samples > 1 else {}),
     }

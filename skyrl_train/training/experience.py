@@ -14,12 +14,11 @@ from typing import Protocol
 import torch
 
 from skyrl_train.algorithms.advantages import AdvantageEstimator, AdvantageInputs
+from skyrl_train.algorithms.normalize import normalize
 from skyrl_train.data.pack import pack
 from skyrl_train.rollout.samples import make_sequences
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import ScoredGroup, TokenSequence, TrainBatch, TrainingSample, TrajectoryId
-
-NORMALIZE_EPSILON = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -109,9 +108,7 @@ class ExperienceMaker:
         if returns is not None and values is not None:
             metrics |= _value_metrics(returns, values)
         if self.normalize:
-            centred = advantages.double() - advantages.double().mean()
-            std = centred.square().mean().sqrt()
-            advantages = (centred / (std + NORMALIZE_EPSILON)).float()
+            advantages = normalize(advantages).float()
         means = torch.zeros(len(rows)).index_add_(0, trajectory_index, advantages) / counts.clamp_min(1)
         skipped = {t.id for t in trajectories if self.skip_truncated and t.status == "truncated"}
         if self.skip_truncated:
