@@ -84,7 +84,7 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
             metrics |= {
                 "async/staleness_steps": staleness,
                 "async/batches_ahead": pipeline.num_ahead,
-                "async/parked_requests_total": pipeline.gate.num_parked_total,
+                "async/num_parked_requests": pipeline.gate.num_parked,
                 "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
             }
             job.log.step(step, rollouts, experience.advantages)

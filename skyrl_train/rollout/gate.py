@@ -42,7 +42,8 @@ class Gate:
         self._partial: dict[str, Completion] = {}
         self._replay: dict[str, Completion] = {}
         self._at_rest = asyncio.Event()
-        self.num_parked_total = 0
+        self.num_parked = 0
+        """Requests that the last shutting brought back."""
 
     @property
     def is_open(self) -> bool:
@@ -89,7 +90,7 @@ class Gate:
         if not self._is_open:
             return
         self._is_open = False
-        self.num_parked_total += len(self._in_flight)
+        self.num_parked = len(self._in_flight)
         await self._engine.abort(list(self._in_flight))
         self.count_again()
 
