@@ -62,6 +62,11 @@ def overlong(checked: Checked) -> Iterator[Finding]:
             "off by its length and left out; nothing would be learned"
         )
     longest = f"generator.sampling_params.max_generate_length={sampling.max_generate_length}"
+    if keys.soft_punishment and checked.config.trainer.algorithm.advantage_estimator == "remax":
+        yield warning(
+            f"{checked.show(f'{prefix}.soft_punishment')} with advantage_estimator remax: the greedy answer's score is "
+            "not shaped, so long answers push all advantages of a batch down: correct on average, with more noise"
+        )
     if not keys.soft_punishment:
         for path in (f"{prefix}.cache_tokens", f"{prefix}.penalty"):
             if checked.is_set(path):

@@ -6,8 +6,8 @@
 
 A group is mixed when its trajectories' scores differ: only then does a comparison say anything. Dynamic sampling looks
 at the scores that the environment gave, as DAPO does with right and wrong; the zero-variance filter comes last and
-looks at what the estimator will compare. Nothing waits from one step to the next, so a step's rollouts are all of its
-own policy and a checkpoint holds nothing of this: groups beyond the batch are dropped, and counted like all that is.
+looks at what the estimator will compare. Nothing waits here from one step to the next, so selecting makes no rollout
+older and a checkpoint holds nothing of it: groups beyond the batch are dropped, and counted like all that is.
 """
 
 from __future__ import annotations

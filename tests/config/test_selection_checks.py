@@ -70,3 +70,10 @@ def test_overlong_answers() -> None:
     assert "2 tokens at least" in refused("generator.sampling_params.max_generate_length=1", soft)
     message = refused(f"{prefix}.filter=true", "generator.sampling_params.ignore_eos=true")
     assert "every answer is cut off by its length" in message
+
+
+def test_the_greedy_baseline_is_not_shaped_by_length_and_the_user_is_told() -> None:
+    argv = (f"{ALGORITHM}.overlong.soft_punishment=true", "generator.sampling_params.max_generate_length=16")
+    (warning,) = load_config([*argv, f"{ALGORITHM}.advantage_estimator=remax"]).warnings
+    assert "the greedy answer's score is not shaped" in warning
+    assert load_config([*argv]).warnings == ()

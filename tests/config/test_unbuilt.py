@@ -12,8 +12,6 @@ from skyrl_train.config.unbuilt import UNBUILT
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.fully_async.enabled=true",
-        "trainer.fully_async.max_staleness_steps=2",
         "trainer.critic.model.lora.rank=8",
         "trainer.placement.critic_num_nodes=2",
         "trainer.algorithm.policy_loss_type=gspo",
