@@ -19,7 +19,8 @@ def clipped_value_loss(
 
         v 0.5 -0.5    v_old 0 0    R 1 1    eps 0.2    clipped 0.2 -0.2    loss 0.32 1.125    (0.2 is the one clipped)
     """
-    clipped = old_values + (values - old_values).clamp(-value_clip, value_clip)
+    # Not old + clamp(v - old): inside the bounds that is v but for rounding, which would count as clipped.
+    clipped = values.clamp(old_values - value_clip, old_values + value_clip)
     free_loss, clipped_loss = (values - returns).square(), (clipped - returns).square()
     return TokenLosses(
         values=0.5 * torch.maximum(free_loss, clipped_loss),

@@ -41,6 +41,17 @@ def test_by_hand() -> None:
     assert found.metrics["clip_frac"].tolist() == [1, 0, 0]
 
 
+def test_within_the_bounds_nothing_counts_as_clipped_however_it_rounds() -> None:
+    """0.1 + (0.001 - 0.1) is not 0.001 in float32."""
+    generator = torch.Generator().manual_seed(3)
+    values, old, returns = torch.rand(3, 1000, generator=generator)
+    values, old = values * 0.01, old * 0.15
+    assert (old + (values - old) != values).any()
+    found = clipped_value_loss(values, old, returns)
+    assert found.metrics["clip_frac"].sum() == 0
+    assert torch.equal(found.values, 0.5 * (values - returns).square())
+
+
 def test_gradients_equal_finite_differences() -> None:
     values, old, returns = draw(1)
     leaf = values.clone().requires_grad_()
