@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.data.pack import pack
 from skyrl_train.errors import CheckpointError, ConfigError
 from skyrl_train.training.critic import CriticTrainer, ValueNetwork, update_critic
-from skyrl_train.training.experience import in_sample_order
+from skyrl_train.training.experience import Experience, in_sample_order
+from skyrl_train.training.learner import Learner
 from skyrl_train.training.optimizer import OptimizerSettings
+from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import TrainBatch, TrainingSample
 from tests.algorithms.test_value_loss import slow
 from tests.tiny import ARCHITECTURES, make_model
@@ -157,6 +160,27 @@ def test_an_update_is_one_step_for_each_mini_batch_and_epoch(batch_samples: list
     assert critic.last_step is not None and critic.last_step.lr == pytest.approx(1e-3)
     assert metrics["critic/lr"] == pytest.approx(1e-3 * (0.25 + 0.5 + 0.75 + 1) / 4)
     assert metrics.keys() == {"critic/loss", "critic/clip_frac", "critic/grad_norm", "critic/lr"}
+
+
+def test_the_learner_cuts_the_critics_mini_batches_by_their_own_size(
+    batch_samples: list[TrainingSample], objective: PolicyObjective
+) -> None:
+    """Three prompts: three policy updates of one prompt, two critic updates of two and of one, twice each."""
+    critic = CriticTrainer(make_network(), OptimizerSettings(lr=1e-3, num_warmup_steps=8))
+    learner = Learner(
+        trainer=PolicyTrainer(make_model(), SETTINGS),
+        loss_fn=objective,
+        mini_batch_size=1,
+        num_epochs=2,
+        max_tokens_per_micro_batch=10_000,
+        critic=critic,
+        critic_mini_batch_size=2,
+    )
+    metrics = learner.update(Experience(samples=tuple(batch_samples), advantages={}, metrics={}))
+    assert metrics["policy/version"] == 6
+    assert critic.last_step is not None and critic.last_step.lr == pytest.approx(1e-3 * 4 / 8)
+    assert metrics["critic/loss"] > 0
+    assert learner.parts().keys() == {"policy", "critic"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

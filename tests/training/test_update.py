@@ -39,6 +39,16 @@ class Recorder:
         return self.objective(inputs, denominators)
 
 
+@pytest.mark.parametrize("use_reference", [True, False])
+def test_a_reference_that_the_loss_does_not_need_is_not_run(objective: PolicyObjective, use_reference: bool) -> None:
+    reference = make_model("qwen2", seed=1)
+    policy = PolicyTrainer(make_model("qwen2"), OptimizerSettings(lr=1e-2), reference=reference)
+    calls: list[None] = []
+    reference.model.register_forward_pre_hook(lambda *_: calls.append(None))
+    update_policy(policy, [batch()], objective, use_reference=use_reference)
+    assert len(calls) == (3 if use_reference else 0)
+
+
 def test_one_update_of_a_batch_needs_no_forward_for_old_logprobs(objective: PolicyObjective) -> None:
     policy = trainer()
     calls = 0
