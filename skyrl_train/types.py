@@ -224,6 +224,7 @@ class TokenSequence:
     loss_mask bool: True where the policy sampled the token. Token 0 is never True: nothing predicts it.
     rollout_logprobs float32: the engine's, defined where loss_mask is True, 0 elsewhere.
     rewards float32: a turn's reward stands at the last token of its completion, 0 elsewhere.
+    policy_versions int64: the version that each token was sampled under, -1 elsewhere; None where nobody noted it.
     `num_prompt_tokens` is the length of the first prompt; sequences of one group share that prefix.
     """
 
@@ -233,7 +234,7 @@ class TokenSequence:
     rollout_logprobs: torch.Tensor
     rewards: torch.Tensor
     num_prompt_tokens: int
-    versions: tuple[VersionSpan, ...] = ()
+    policy_versions: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         _same_length(f"sample {self.trajectory_id}", **self.tensors())
@@ -245,6 +246,7 @@ class TokenSequence:
             "loss_mask": self.loss_mask,
             "rollout_logprobs": self.rollout_logprobs,
             "rewards": self.rewards,
+            **({} if self.policy_versions is None else {"policy_versions": self.policy_versions}),
         }
 
 

@@ -52,6 +52,7 @@ class MicroBatch:
     advantages: torch.Tensor | None  # [N] float32; None where the sequences have none yet
     returns: torch.Tensor | None = None  # [N] float32; with a critic
     values: torch.Tensor | None = None  # [N] float32; with a critic
+    policy_versions: torch.Tensor | None = None  # [N] that each target was sampled under
     trajectory_ids: tuple[TrajectoryId, ...]  # [B]
 
 
@@ -104,6 +105,7 @@ class _Flat:
         trained_on = [sample for sample in samples if isinstance(sample, TrainingSample)]
         if trained_on and len(trained_on) < len(samples):
             raise ValueError(f"{len(trained_on)} of {len(samples)} samples have advantages; a batch has all or none")
+        self.policy_versions = _joined([sample.policy_versions for sample in samples])
         self.advantages = _joined([sample.advantages for sample in trained_on])
         self.returns = _joined([sample.returns for sample in trained_on])
         self.values = _joined([sample.values for sample in trained_on])
@@ -205,6 +207,7 @@ def _build(samples: Sequence[TokenSequence], flat: _Flat, micro_batch: Bin) -> M
         advantages=_at(flat.advantages, at),
         returns=_at(flat.returns, at),
         values=_at(flat.values, at),
+        policy_versions=_at(flat.policy_versions, at),
         trajectory_ids=tuple(samples[i].trajectory_id for i in order),
     )
 
@@ -226,6 +229,7 @@ def _empty(filler: torch.Tensor, flat: _Flat) -> MicroBatch:
         advantages=_at(flat.advantages, none),
         returns=_at(flat.returns, none),
         values=_at(flat.values, none),
+        policy_versions=_at(flat.policy_versions, none),
         trajectory_ids=(),
     )
 
@@ -234,7 +238,7 @@ def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One after the other; None where no sample has one."""
     present = [tensor for tensor in tensors if tensor is not None]
     if present and len(present) < len(tensors):
-        raise ValueError(f"{len(present)} of {len(tensors)} samples have values or returns; a batch has all or none")
+        raise ValueError(f"{len(present)} of {len(tensors)} samples have values, returns or versions; a batch has all or none")
     return torch.cat(present) if present else None
 
 

@@ -44,11 +44,14 @@ def _sequence(trajectory: Trajectory, turns: Sequence[Turn], turn_rewards: Seque
     loss_mask = torch.zeros(length, dtype=torch.bool)
     rollout_logprobs = torch.zeros(length)
     rewards = torch.zeros(length)
+    policy_versions = torch.full((length,), -1, dtype=torch.int64)
     for turn, reward in zip(turns, turn_rewards, strict=True):
         start = len(turn.prompt_token_ids)
         end = start + len(turn.completion.token_ids)
         loss_mask[start:end] = True
         rollout_logprobs[start:end] = torch.tensor(turn.completion.logprobs)
+        for span in turn.completion.versions:
+            policy_versions[start + span.start : start + span.end] = span.version
         # A turn that was aborted before its first token has no token of its own to stand at.
         rewards[end - 1] += reward
     return TokenSequence(
@@ -58,5 +61,5 @@ def _sequence(trajectory: Trajectory, turns: Sequence[Turn], turn_rewards: Seque
         rollout_logprobs=rollout_logprobs,
         rewards=rewards * loss_mask,
         num_prompt_tokens=len(turns[0].prompt_token_ids),
-        versions=tuple(span for turn in turns for span in turn.completion.versions),
+        policy_versions=policy_versions,
     )

@@ -35,6 +35,8 @@ def test_a_turn_that_continues_the_history_extends_the_sequence_and_masks_the_ob
     assert sequence.loss_mask.tolist() == [False, False, True, False, False, True]
     assert sequence.rollout_logprobs.tolist() == [0, 0, -0.5, 0, 0, -0.25]
     assert sequence.rewards.tolist() == [0, 0, 0.5, 0, 0, 1.0]
+    assert sequence.policy_versions is not None
+    assert sequence.policy_versions.tolist() == [-1, -1, 1, -1, -1, 1]
     assert sequence.num_prompt_tokens == 2
 
 
