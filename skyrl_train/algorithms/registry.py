@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
@@ -10,6 +9,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from skyrl_train.errors import ConfigError
+from skyrl_train.extension import load_object
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,15 +18,11 @@ def resolve(kind: str, table: Mapping[str, F], name: str) -> F:
     """`table[name]`, or what `package.module.attribute` names. Raises ConfigError saying what there is."""
     if name in table:
         return table[name]
-    module_name, _, attribute = name.rpartition(".")
-    if not module_name:
+    if "." not in name and ":" not in name:
         near = get_close_matches(name, table, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ConfigError(f"no {kind} named {name!r}; {hint}known: {', '.join(table)}, or a dotted path to your own")
-    try:
-        found: F = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as exc:
-        raise ConfigError(f"{kind} {name!r} can't be imported: {exc}") from exc
+    found: F = load_object(name, wanted=kind)
     if not callable(found):
         raise ConfigError(f"{kind} {name!r} is a {type(found).__name__}, not a function")
     return found

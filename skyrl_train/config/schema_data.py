@@ -37,6 +37,11 @@ class Environment(Group):
     env_class: str = Field(
         "arithmetic", min_length=1, description="arithmetic (built in), gsm8k, or a name that the data's rows override."
     )
+    reward: str | None = Field(
+        None,
+        description="Dotted path of a function of your own, f(response, target) -> number, that scores every row's "
+        "answers in the place of an environment (docs/EXTENDING.md).",
+    )
     max_failed_frac: Fraction = Field(
         0.1, description="Trajectories of a step that may fail in reward or environment before the run stops."
     )

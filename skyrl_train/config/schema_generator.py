@@ -146,6 +146,11 @@ class Generator(Group):
     batched: bool = Field(
         False, description="Hand over a whole batch at once instead of one request per trajectory; single-turn only."
     )
+    agent: str | None = Field(
+        None,
+        description="Dotted path of a class of your own that runs trajectories in the place of "
+        "rollout.agent.Agent (docs/EXTENDING.md).",
+    )
     max_turns: Positive = Field(1, description="Turns of one trajectory at most: answer, observation, answer, ….")
     max_input_length: Positive = Field(
         description="Tokens of a prompt at most, history included; longer prompts are left out and counted."

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +34,7 @@ from skyrl_train.entrypoints.build import (
     sampling_params,
 )
 from skyrl_train.entrypoints.build_async import build_async, build_pipeline
+from skyrl_train.entrypoints.extensions import check_extensions
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
 from skyrl_train.errors import ConfigError, SkyRLError
@@ -55,14 +56,14 @@ ROLLOUTS = "rollouts"
 DONE, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 
 
-def run(loaded: LoadedConfig) -> int:
-    """Train, resume or finish the configured run; returns the exit code."""
+def run(loaded: LoadedConfig, body: Callable[[LoadedConfig, Path], int] | None = None) -> int:
+    """Train, resume or finish the configured run; returns the exit code. `body` is a recipe's own loop."""
     run_dir = Path(loaded.config.trainer.run_path or "")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own bars would tear the live view
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         with _only_run_in(run_dir):
-            return _run(loaded, run_dir)
+            return (body or _run)(loaded, run_dir)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         return INTERRUPTED
@@ -78,6 +79,7 @@ def run(loaded: LoadedConfig) -> int:
 
 def _run(loaded: LoadedConfig, run_dir: Path) -> int:
     config, keys = loaded.config, loaded.config.trainer
+    check_extensions(config)
     torch.manual_seed(keys.seed)
     replace_file(run_dir / "config.yaml", loaded.to_yaml().encode())
     state = RunState(keys, plain(config))

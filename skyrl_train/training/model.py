@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skyrl_train.attention import ATTENTION_NAME, AttentionContext
 from skyrl_train.errors import ConfigError
@@ -32,10 +33,16 @@ def load_model(path: str | Path, *, dtype: torch.dtype = torch.float32, device: 
     return model
 
 
-def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+def export_hf(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    *,
+    also: Callable[[Path], None] | None = None,
+) -> Path:
     """Write an HF folder that transformers loads. It appears whole: written beside and renamed.
 
-    An export already there is replaced.
+    An export already there is replaced. `also` writes more into it.
     """
     folder = Path(folder)
     beside = folder.with_name(f".{folder.name}.writing")
@@ -44,6 +51,8 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     model.save_pretrained(beside)
     if tokenizer is not None:
         tokenizer.save_pretrained(beside)
+    if also is not None:
+        also(beside)
     if folder.exists():
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -53,6 +62,27 @@ def export_hf(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None,
     else:
         os.rename(beside, folder)
     return folder
+
+
+def check_same_tokens(reference: str | Path, policy: str | Path) -> None:
+    """Log-probabilities of two models compare only where an id is the same token. Raises ConfigError elsewhere."""
+    if Path(reference) == Path(policy):
+        return
+    try:
+        ours, theirs = (
+            AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() for folder in (policy, reference)
+        )
+    except (OSError, ValueError) as exc:
+        raise ConfigError(
+            f"the tokenizers of {policy} and of the reference model {reference} can't be compared: {exc}"
+        ) from exc
+    different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
+    if different:
+        token = different[0]
+        raise ConfigError(
+            f"the reference model {reference} has another tokenizer than the policy {policy}: {len(different)} tokens "
+            f"differ, {token!r} is {theirs.get(token)} there and {ours.get(token)} here; take a model of the same family"
+        )
 
 
 def refuse_dropout(model: torch.nn.Module) -> None:
