@@ -10,6 +10,7 @@
       CheckpointError        a checkpoint is missing, cut short or of another run
       DataError              a data row is malformed: names file and row
       SelectionError         dynamic sampling found too few groups that teach anything
+      LogprobMismatchError   engine and trainer disagree about a token by more than the run allows
 
 Our own bugs are `assert` with the values.
 """
@@ -59,3 +60,7 @@ class DataError(SkyRLError):
 
 class SelectionError(SkyRLError):
     """The rollouts of a step teach too little to go on: dynamic sampling drew as often as it may."""
+
+
+class LogprobMismatchError(SkyRLError):
+    """Rollout and trainer log-probabilities part by more than the bound; the message says where they do first."""

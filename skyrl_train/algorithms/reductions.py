@@ -38,6 +38,18 @@ def seq_mean_token_sum_norm(
     return values.sum() / (denominators.num_samples * max_seq_len)
 
 
+def sum_per_sample(values: torch.Tensor, sample_index: torch.Tensor) -> torch.Tensor:
+    """[N] -> [B]: 1 2 6 | 4 -> 9 4, for sample_index 0 0 0 1."""
+    num_samples = int(sample_index[-1]) + 1 if len(sample_index) else 0
+    return values.new_zeros(num_samples).index_add(0, sample_index, values)
+
+
+def mean_per_sample(values: torch.Tensor, sample_index: torch.Tensor) -> torch.Tensor:
+    """[N] -> [B]: 1 2 6 | 4 -> 3 4, for sample_index 0 0 0 1."""
+    sums = sum_per_sample(values, sample_index)
+    return sums / torch.bincount(sample_index, minlength=len(sums)).clamp_min(1).to(sums.dtype)
+
+
 LOSS_REDUCTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "token_mean": token_mean,
     "sequence_mean": sequence_mean,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -72,7 +73,9 @@ def test_dual_clip_bounds_a_wild_ratio_with_a_negative_advantage() -> None:
 
 
 def test_on_policy_the_gradient_is_that_of_reinforce() -> None:
-    inputs = make_inputs([-1.0, -2.0], [-1.0, -2.0], [0.7, -0.4])
+    inputs = replace(
+        make_inputs([-1.0, -2.0], [-1.0, -2.0], [0.7, -0.4]), selected=torch.zeros(2, dtype=torch.bool)
+    )
     for loss in POLICY_LOSSES.values():
         (gradient,) = torch.autograd.grad(loss(inputs).values.sum(), inputs.logprobs)
         assert gradient.tolist() == pytest.approx([-0.7, 0.4])

@@ -87,8 +87,9 @@ def test_old_logprobs_are_those_before_the_first_update(objective: PolicyObjecti
 def test_an_update_reports_what_it_did(objective: PolicyObjective) -> None:
     metrics = update_policy(trainer(), [batch(0), batch(1)], objective).metrics
     averages = {"loss", "ratio_mean", "clip_frac", "approx_kl", "entropy", "grad_norm", "lr"}
+    ratios = {"importance_ratio_mean", "importance_ratio_max"}
     distances = {f"rollout_logprob_abs_diff_{name}" for name in ("mean", "p99", "max")}
-    assert set(metrics) == {f"policy/{name}" for name in averages | distances}
+    assert set(metrics) == {f"policy/{name}" for name in averages | distances | ratios}
     assert all(math.isfinite(value) for value in metrics.values())
     assert 0 < metrics["policy/entropy"] < math.log(300)
 
