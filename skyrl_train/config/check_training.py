@@ -30,7 +30,7 @@ def names(checked: Checked) -> Iterator[Finding]:
         ("trainer.algorithm.advantage_estimator", algorithm.advantage_estimator, ESTIMATORS),
         ("trainer.algorithm.policy_loss_type", algorithm.policy_loss_type, POLICY_LOSSES),
     ):
-        if value not in known and "." not in value:
+        if value not in known and "." not in value and ":" not in value:
             yield error(_unknown_name(checked, path, value, known, ", or the dotted path of a function of your own"))
     for name in checked.config.trainer.logger:
         if name not in TRACKERS:
@@ -99,8 +99,15 @@ def kl(checked: Checked) -> Iterator[Finding]:
             f"{checked.show('trainer.algorithm.use_kl_loss')} and "
             f"{checked.show('trainer.algorithm.use_kl_in_reward')}: the KL would count twice; keep one of them"
         )
+    targets = ("trainer.algorithm.kl_ctrl.kl_target", "trainer.algorithm.kl_ctrl.horizon")
     if needs_reference(checked.config):
-        if algorithm.kl_loss_coef == 0:
+        adaptive = algorithm.kl_ctrl.type == "adaptive"
+        for path in () if adaptive else targets:
+            if checked.is_set(path):
+                yield warning(f"{checked.show(path)} has no effect: trainer.algorithm.kl_ctrl.type is fixed")
+        if algorithm.kl_loss_coef == 0 and adaptive:
+            yield error("trainer.algorithm.kl_loss_coef=0 can't be steered: the adaptive controller multiplies it")
+        elif algorithm.kl_loss_coef == 0:
             yield warning("trainer.algorithm.kl_loss_coef=0: the reference model is run, and its KL weighs nothing")
         return
     for path in (
@@ -108,6 +115,8 @@ def kl(checked: Checked) -> Iterator[Finding]:
         "trainer.algorithm.kl_estimator_type",
         "trainer.ref.model.path",
         "trainer.ref.offload_after_forward",
+        "trainer.algorithm.kl_ctrl.type",
+        *targets,
     ):
         if checked.is_set(path):
             yield warning(
@@ -267,6 +276,16 @@ def data(checked: Checked) -> Iterator[Finding]:
             yield warning(f"{checked.show(path)} is read with environment.env_class=arithmetic only")
 
 
+def reward(checked: Checked) -> Iterator[Finding]:
+    """A reward function stands in for the environment of every row; `arithmetic` also names the built-in rows."""
+    environment = checked.config.environment
+    if environment.reward is not None and environment.env_class != "arithmetic":
+        yield error(
+            f"{checked.show('environment.reward')} and {checked.show('environment.env_class')}: both score the "
+            "answers; keep one of them"
+        )
+
+
 def schedule(checked: Checked) -> Iterator[Finding]:
     """Where the number of steps is known before the data is read."""
     config = checked.config
@@ -305,5 +324,6 @@ TRAINING_RULES: tuple[Rule, ...] = (
     resuming,
     asynchronous,
     data,
+    reward,
     schedule,
 )

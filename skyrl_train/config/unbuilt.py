@@ -42,7 +42,6 @@ def _more_than(bound: int) -> Callable[[Any], bool]:
     return lambda value: value is not None and value > bound
 
 
-_CLIP = "trainer.algorithm.policy_loss_type=regular or dual_clip"
 _ONE_DEVICE = "one GPU (trainer.placement.policy_num_gpus_per_node=1) or the CPU (0)"
 _SERVERS = "leave it out; it is for generator.backend sglang and vllm"
 
@@ -50,29 +49,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     # Training
     Unbuilt(
         prefix="trainer.critic.model.lora", feature="a critic of adapters", instead="all of its weights: leave it out"
-    ),
-    Unbuilt(
-        prefix="trainer.algorithm.policy_loss_type",
-        feature="this loss",
-        instead=f"{_CLIP}, or the dotted path of a function of your own",
-        values=_one_of("gspo", "cispo", "sapo", "clip_cov", "kl_cov", "importance_sampling"),
-    ),
-    *(
-        Unbuilt(prefix=f"trainer.algorithm.{name}", feature=f"policy loss {name}", instead=_CLIP)
-        for name in ("sapo", "cispo", "clip_cov", "kl_cov")
-    ),
-    Unbuilt(
-        prefix="trainer.algorithm.kl_ctrl",
-        feature="the adaptive KL controller",
-        instead="a fixed trainer.algorithm.kl_loss_coef",
-    ),
-    *(
-        Unbuilt(
-            prefix=f"trainer.algorithm.{key}",
-            feature="truncated importance sampling",
-            instead="leave it out: the embedded engine and the trainer run the same weights",
-        )
-        for key in ("use_tis", "tis_imp_ratio_cap")
     ),
     Unbuilt(prefix="trainer.policy.model.lora", feature="LoRA training", instead="full weights: leave it out"),
     Unbuilt(prefix="trainer.fsdp_config", feature="FSDP2", instead=_ONE_DEVICE),

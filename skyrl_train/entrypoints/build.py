@@ -13,10 +13,12 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from skyrl_train.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from skyrl_train.algorithms.kl import KL_ESTIMATORS
+from skyrl_train.algorithms.kl_control import KlController, KlTarget
 from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.algorithms.policy_losses import POLICY_LOSSES
 from skyrl_train.algorithms.reductions import LOSS_REDUCTIONS
-from skyrl_train.algorithms.registry import bind, resolve
+from skyrl_train.algorithms.registry import bind, flat_options, resolve
+from skyrl_train.algorithms.selections import SELECTIONS
 from skyrl_train.config.placement import needs_critic, needs_reference
 from skyrl_train.config.schema import Config
 from skyrl_train.config.schema_algorithm import Algorithm
@@ -28,16 +30,19 @@ from skyrl_train.engines.base import GenerateFn
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.entrypoints.build_async import own_weights
+from skyrl_train.entrypoints.build_off_policy import corrections, mismatch_watch, respect_logprob_space, watch_engine
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
+from skyrl_train.environments.reward_function import reward_function
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.overlong import SoftPunishment
+from skyrl_train.rollout.own_agent import own_agent
 from skyrl_train.rollout.selection import DynamicSampling, Selection
 from skyrl_train.training.critic import CriticTrainer, ValueNetwork
 from skyrl_train.training.experience import ExperienceMaker, KlInReward
 from skyrl_train.training.learner import Learner
-from skyrl_train.training.model import load_model
+from skyrl_train.training.model import check_same_tokens, load_model
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import SamplingParams
@@ -74,7 +79,9 @@ def load_data(config: Config, tokenizer: Any) -> Data:
     if not train:
         raise ConfigError(f"no training prompt is within generator.max_input_length={limit} tokens")
     names = sorted({row.environment for row in (*train, *held_out)})
-    return Data(train=train, held_out=held_out, environments={name: find_environment(name) for name in names})
+    reward = config.environment.reward
+    scorer = None if reward is None else reward_function(reward, target_key=config.data.target_key)
+    return Data(train=train, held_out=held_out, environments={name: scorer or find_environment(name) for name in names})
 
 
 def _rows(config: Config, files: Sequence[str], split: Split) -> list[PromptRow]:
@@ -128,24 +135,29 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     model = load_model(model_folder, dtype=dtype, device=device)
     reference: PreTrainedModel | None = None
     if needs_reference(config):
-        reference = load_model(_folder(keys.ref.model.path, config, model_folder), dtype=dtype, device=device)
+        reference_folder = _folder(keys.ref.model.path, config, model_folder)
+        check_same_tokens(reference_folder, model_folder)
+        reference = load_model(reference_folder, dtype=dtype, device=device)
     mini_batch_size = keys.policy_mini_batch_size or keys.train_batch_size
     trainer = PolicyTrainer(
         model,
-        _optimizer_settings(config, keys.policy.optimizer_config, mini_batch_size, total_steps),
+        optimizer_settings(config, keys.policy.optimizer_config, mini_batch_size, total_steps),
         reference=reference,
         offload_reference=keys.ref.offload_after_forward and device != "cpu",
         temperature=config.generator.sampling_params.temperature,
         gradient_checkpointing=keys.gradient_checkpointing,
     )
+    kl_controller = _kl_controller(algorithm)
     return Learner(
         trainer=trainer,
-        loss_fn=_objective(config),
+        loss_fn=_objective(config, kl_controller),
         mini_batch_size=mini_batch_size,
         num_epochs=keys.update_epochs_per_batch,
         max_tokens_per_micro_batch=keys.max_tokens_per_micro_batch,
         micro_batch_size=keys.micro_train_batch_size_per_gpu,
         reference_in_loss=algorithm.use_kl_loss,
+        kl_controller=kl_controller if needs_reference(config) else None,
+        watch=mismatch_watch(algorithm),
         engine_has_copy=keys.fully_async.enabled,
         critic=_critic(config, model_folder, total_steps=total_steps) if needs_critic(config) else None,
         critic_mini_batch_size=keys.critic_mini_batch_size,
@@ -156,10 +168,11 @@ def _critic(config: Config, model_folder: Path, *, total_steps: int) -> CriticTr
     keys = config.trainer
     dtype = getattr(torch, keys.policy.model.dtype or "float32")
     folder = _folder(keys.critic.model.path, config, model_folder)
+    check_same_tokens(folder, model_folder, role="critic")
     mini_batch_size = keys.critic_mini_batch_size or keys.policy_mini_batch_size or keys.train_batch_size
     return CriticTrainer(
         ValueNetwork(load_model(folder, dtype=dtype, device=device_of(config))),
-        _optimizer_settings(config, keys.critic.optimizer_config, mini_batch_size, total_steps),
+        optimizer_settings(config, keys.critic.optimizer_config, mini_batch_size, total_steps),
         value_clip=keys.algorithm.value_clip,
         gradient_checkpointing=keys.gradient_checkpointing,
     )
@@ -170,9 +183,10 @@ def _folder(path: str | None, config: Config, policy_folder: Path) -> Path:
     return policy_folder if path in {None, config.trainer.policy.model.path} else Path(str(path))
 
 
-def _optimizer_settings(
+def optimizer_settings(
     config: Config, keys: PolicyOptimizer, mini_batch_size: int, total_steps: int
 ) -> OptimizerSettings:
+    """An optimizer's settings; a schedule ends with the run."""
     trainer = config.trainer
     updates = trainer.update_epochs_per_batch * -(-trainer.train_batch_size // mini_batch_size)
     num_updates = total_steps * updates
@@ -189,15 +203,27 @@ def _optimizer_settings(
     )
 
 
-def _objective(config: Config) -> PolicyObjective:
+def _kl_controller(algorithm: Algorithm) -> KlController:
+    keys = algorithm.kl_ctrl
+    target = KlTarget(kl=keys.kl_target, horizon=keys.horizon) if keys.type == "adaptive" else None
+    return KlController(algorithm.kl_loss_coef, target)
+
+
+def _objective(config: Config, kl_controller: KlController) -> PolicyObjective:
     algorithm = config.trainer.algorithm
-    options = {**algorithm.model_dump(), "max_seq_len": config.generator.sampling_params.max_generate_length}
+    options = {
+        **flat_options(algorithm.model_dump()),
+        "max_seq_len": config.generator.sampling_params.max_generate_length,
+    }
+    select = SELECTIONS.get(algorithm.policy_loss_type)
     return PolicyObjective(
         policy_loss=bind(resolve("policy loss", POLICY_LOSSES, algorithm.policy_loss_type), options),
         reduction=bind(resolve("loss reduction", LOSS_REDUCTIONS, algorithm.loss_reduction), options),
         kl=resolve("KL estimator", KL_ESTIMATORS, algorithm.kl_estimator_type) if algorithm.use_kl_loss else None,
-        kl_loss_coef=algorithm.kl_loss_coef if algorithm.use_kl_loss else 0.0,
+        kl_loss_coef=kl_controller if algorithm.use_kl_loss else 0.0,
         entropy_loss_coef=algorithm.entropy,
+        select=None if select is None else bind(select, options),
+        corrections=corrections(algorithm),
     )
 
 
@@ -231,7 +257,7 @@ def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
         estimator=bind(estimator, algorithm.model_dump()),
         trainer=learner.trainer,
         critic=learner.critic,
-        kl=_kl_in_reward(algorithm) if algorithm.use_kl_in_reward else None,
+        kl=_kl_in_reward(algorithm, learner) if algorithm.use_kl_in_reward else None,
         normalize=algorithm.advantage_batch_normalize,
         skip_truncated=algorithm.overlong.filter,
         max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,
@@ -239,22 +265,33 @@ def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
     )
 
 
-def _kl_in_reward(algorithm: Algorithm) -> KlInReward:
+def _kl_in_reward(algorithm: Algorithm, learner: Learner) -> KlInReward:
+    assert learner.kl_controller is not None
     estimator = resolve("KL estimator", KL_ESTIMATORS, algorithm.kl_estimator_type)
-    return KlInReward(estimator=estimator, coefficient=lambda: algorithm.kl_loss_coef)
+    return KlInReward(estimator=estimator, coefficient=learner.kl_controller)
 
 
 def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
     """The embedded engine at the trainer's version: over its very module, or a copy where both work at once."""
-    keys = config.generator
     model = learner.trainer.model
+    return engine_over(
+        own_weights(model) if config.trainer.fully_async.enabled else model,
+        config,
+        tokenizer,
+        policy_version=learner.trainer.version,
+    )
+
+
+def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, policy_version: int = 0) -> EmbeddedEngine:
+    """The embedded engine over this very module."""
+    keys = config.generator
     optional: dict[str, Any] = {
         "max_num_seqs": keys.max_num_seqs,
         "max_num_batched_tokens": keys.max_num_batched_tokens,
         **keys.engine_init_kwargs,
     }
     return EmbeddedEngine(
-        own_weights(model) if config.trainer.fully_async.enabled else model,
+        model,
         tokenizer,
         config=EmbeddedConfig(
             max_context_len=keys.max_model_len,
@@ -263,19 +300,22 @@ def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEn
             seed=keys.random_seed if keys.random_seed is not None else config.trainer.seed,
             **{name: value for name, value in optional.items() if value is not None},
         ),
-        policy_version=learner.trainer.version,
+        policy_version=policy_version,
     )
 
 
 def build_agent(config: Config, generate: GenerateFn, tokenizer: Any, data: Data) -> Agent:
-    """What runs the trajectories."""
-    return Agent(
-        generate=generate,
-        tokenizer=tokenizer,
-        environments=data.environments,
-        environment_config=config.environment,
-        chat_template_kwargs=config.generator.chat_template_kwargs,
-    )
+    """What runs the trajectories: ours, or the user's own with those of these arguments that it names."""
+    arguments: dict[str, Any] = {
+        "generate": generate,
+        "tokenizer": tokenizer,
+        "environments": data.environments,
+        "environment_config": config.environment,
+        "chat_template_kwargs": config.generator.chat_template_kwargs,
+    }
+    if config.generator.agent is None:
+        return Agent(**arguments)
+    return own_agent(config.generator.agent, arguments)
 
 
 def sampling_params(keys: SamplingKeys) -> SamplingParams:

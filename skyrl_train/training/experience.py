@@ -78,12 +78,14 @@ class ExperienceMaker:
         sizes = torch.tensor([len(group.rewards) for group in groups])
         metrics: dict[str, float] = {}
         batch = self._pack(sequences) if self.kl is not None or self.critic is not None else None
+        cost = None
         if self.kl is not None:
             assert batch is not None and self.trainer is not None
-            cost = self._kl_cost(batch)
+            kl = self._kl(batch)
+            cost = self.kl.coefficient() * kl
             rewards = rewards - cost
             scores = scores - scores.new_zeros(len(scores)).index_add_(0, trajectory_index, cost)
-            metrics["reward/kl_cost_mean"] = float(cost.mean())
+            metrics |= {"reward/kl_mean": float(kl.mean()), "reward/kl_cost_mean": float(cost.mean())}
         values = None
         if self.critic is not None:
             assert batch is not None
@@ -96,6 +98,7 @@ class ExperienceMaker:
                 group_index=torch.repeat_interleave(torch.arange(len(groups)), sizes),
                 values=values,
                 baselines=_baselines(groups, sizes),
+                kl_costs=cost,
             )
         )
         if advantages.shape != rewards.shape:
@@ -126,11 +129,11 @@ class ExperienceMaker:
             micro_batch_size=self.micro_batch_size,
         )
 
-    def _kl_cost(self, batch: TrainBatch) -> torch.Tensor:
+    def _kl(self, batch: TrainBatch) -> torch.Tensor:
         assert self.kl is not None and self.trainer is not None
         policy = in_sample_order(batch, self.trainer.forward(batch))
         reference = in_sample_order(batch, self.trainer.forward(batch, which="reference"))
-        return self.kl.coefficient() * self.kl.estimator(policy, reference)
+        return self.kl.estimator(policy, reference)
 
 
 def in_sample_order(batch: TrainBatch, per_micro_batch: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from skyrl_train.algorithms.kl_control import KlController
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.data.pack import pack
 from skyrl_train.training.checkpoint import Parts, ReadPart, WritePart
 from skyrl_train.training.critic import CriticTrainer, update_critic
 from skyrl_train.training.experience import Experience
+from skyrl_train.training.mismatch import MismatchWatch
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
 from skyrl_train.types import CopiedWeights, LocalWeights, TrainBatch, TrainingSample, WeightUpdate
@@ -20,7 +22,8 @@ from skyrl_train.types import CopiedWeights, LocalWeights, TrainBatch, TrainingS
 class Learner:
     """What the loop hands its samples to. `mini_batch_size` counts prompts; give one of the two packing limits.
 
-    `reference_in_loss` False: the reference serves the reward only, and updates don't run it.
+    `reference_in_loss` False: the reference serves the reward only, and updates don't run it. `kl_controller` is told
+    each batch's KL, which is measured where it counts: in the reward or in the loss.
     """
 
     trainer: PolicyTrainer
@@ -30,6 +33,8 @@ class Learner:
     max_tokens_per_micro_batch: int | None = None
     micro_batch_size: int | None = None
     reference_in_loss: bool = True
+    kl_controller: KlController | None = None
+    watch: MismatchWatch | None = None
     engine_has_copy: bool = False
     critic: CriticTrainer | None = None
     critic_mini_batch_size: int | None = None  # None is the policy's
@@ -46,12 +51,14 @@ class Learner:
             self.loss_fn,
             num_epochs=self.num_epochs,
             use_reference=self.reference_in_loss,
+            watch=self.watch,
         )
         tokens = sum(batch.num_loss_tokens for batch in batches)
         rows = sum(len(m.token_ids) for batch in batches for rank in batch.micro_batches for m in rank)
         return {
             **result.metrics,
             **self._update_critic(experience.samples),
+            **self._steer_kl(experience, result.metrics),
             "policy/version": result.version,
             "train/num_loss_tokens": tokens,
             "train/num_rows": rows,
@@ -70,6 +77,8 @@ class Learner:
         parts: dict[str, tuple[WritePart, ReadPart]] = {"policy": (self.trainer.save, self.trainer.load)}
         if self.critic is not None:
             parts["critic"] = (self.critic.save, self.critic.load)
+        if self.kl_controller is not None and self.kl_controller.is_adaptive:
+            parts["kl_controller"] = (self.kl_controller.save, self.kl_controller.load)
         return parts
 
     def _update_critic(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
@@ -79,6 +88,15 @@ class Learner:
             self._pack(part) for part in mini_batches(samples, self.critic_mini_batch_size or self.mini_batch_size)
         ]
         return update_critic(self.critic, batches, num_epochs=self.num_epochs)
+
+    def _steer_kl(self, experience: Experience, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`policy/kl_coef` is what this batch was learned with; the controller then moves it for the next."""
+        if self.kl_controller is None:
+            return {}
+        used = self.kl_controller()
+        kl = metrics["policy/ref_kl"] if self.reference_in_loss else experience.metrics["reward/kl_mean"]
+        self.kl_controller.update(kl, len({sample.trajectory_id for sample in experience.samples}))
+        return {"policy/kl_coef": used}
 
     def _pack(self, samples: Sequence[TrainingSample]) -> TrainBatch:
         return pack(

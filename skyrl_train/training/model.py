@@ -64,24 +64,22 @@ def export_hf(
     return folder
 
 
-def check_same_tokens(reference: str | Path, policy: str | Path) -> None:
-    """Log-probabilities of two models compare only where an id is the same token. Raises ConfigError elsewhere."""
-    if Path(reference) == Path(policy):
+def check_same_tokens(other: str | Path, policy: str | Path, *, role: str = "reference model") -> None:
+    """The policy's ids mean something to the other model only where they are the same tokens. Raises ConfigError."""
+    if Path(other) == Path(policy):
         return
     try:
         ours, theirs = (
-            AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() for folder in (policy, reference)
+            AutoTokenizer.from_pretrained(folder, local_files_only=True).get_vocab() for folder in (policy, other)
         )
     except (OSError, ValueError) as exc:
-        raise ConfigError(
-            f"the tokenizers of {policy} and of the reference model {reference} can't be compared: {exc}"
-        ) from exc
+        raise ConfigError(f"the tokenizers of {policy} and of the {role} {other} can't be compared: {exc}") from exc
     different = sorted(token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token))
     if different:
         token = different[0]
         raise ConfigError(
-            f"the reference model {reference} has another tokenizer than the policy {policy}: {len(different)} tokens "
-            f"differ, {token!r} is {theirs.get(token)} there and {ours.get(token)} here; take a model of the same family"
+            f"the {role} {other} has another tokenizer than the policy {policy}: {len(different)} tokens "
+            f"differ, {token!r} is {theirs.get(token)} there and {ours.get(token)} here; take one of its family"
         )
 
 

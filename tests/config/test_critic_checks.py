@@ -78,3 +78,12 @@ def test_host_memory_on_the_cpu_has_no_effect_and_says_so(override: str) -> None
     assert f"{path}=true" in warned(override, *with_all)
     assert "in host memory already" in warned(override, *with_all)
     assert path not in warned(override, *with_all, ON_A_GPU)
+
+
+def test_the_kl_controllers_keys_are_read_where_there_is_a_kl_to_steer() -> None:
+    target, in_reward = "trainer.algorithm.kl_ctrl.kl_target=0.5", "trainer.algorithm.use_kl_in_reward=true"
+    adaptive = "trainer.algorithm.kl_ctrl.type=adaptive"
+    assert "kl_target=0.5" in warned(target) and "neither trainer.algorithm.use_kl_loss" in warned(target)
+    assert "kl_ctrl.type is fixed" in warned(target, in_reward)
+    assert "kl_target" not in warned(target, in_reward, adaptive)
+    assert "can't be steered" in refused(in_reward, adaptive, "trainer.algorithm.kl_loss_coef=0")

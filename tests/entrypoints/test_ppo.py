@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from skyrl_train.config.load import load_config
-from skyrl_train.entrypoints.run import DONE, FAILED, run
+from skyrl_train.entrypoints.run import DONE, FAILED, REFUSED, run
 from skyrl_train.observability.metrics import read_metrics
 from tests.entrypoints.test_main_job import arguments, assert_equal_runs, inputs, start, wait_for_step
+from tests.tiny import make_model, make_tokenizer
 
 __all__ = ["inputs"]  # the fixture
 
@@ -19,6 +20,9 @@ PPO = (
     "trainer.algorithm.lambd=0.95",
     "trainer.algorithm.use_kl_in_reward=true",
     "trainer.algorithm.kl_loss_coef=0.05",
+    "trainer.algorithm.kl_ctrl.type=adaptive",
+    "trainer.algorithm.kl_ctrl.kl_target=1e-3",
+    "trainer.algorithm.kl_ctrl.horizon=160",
     "trainer.critic.optimizer_config.lr=1e-3",
     "trainer.critic_mini_batch_size=4",
     "trainer.update_epochs_per_batch=2",
@@ -43,9 +47,22 @@ def test_the_critic_is_trained_and_the_kl_leaves_the_reward(whole: Path) -> None
     assert "policy/ref_kl" not in rows[-1], "the loss has no KL of its own"
 
 
-def test_the_checkpoint_has_a_part_of_the_critics_own(whole: Path) -> None:
+def test_the_kl_controller_moves_the_coefficient_by_what_was_measured(whole: Path) -> None:
+    """16 samples a step over a horizon of 160: at most 2 % a step, up or down."""
+    rows = [row for row in read_metrics(whole / "metrics.jsonl") if row["step"] > 0]
+    coefficient = 0.05
+    for row in rows:
+        assert row["policy/kl_coef"] == pytest.approx(coefficient)
+        assert row["reward/kl_cost_mean"] == pytest.approx(coefficient * row["reward/kl_mean"])
+        error = min(max(row["reward/kl_mean"] / 1e-3 - 1, -0.2), 0.2)
+        coefficient *= 1 + 0.1 * error
+    assert rows[1]["policy/kl_coef"] == pytest.approx(0.05 * 0.98), "nothing measured in the first step"
+
+
+def test_the_checkpoint_has_parts_of_the_critic_and_the_controller(whole: Path) -> None:
     assert sorted(p.name for p in (whole / "checkpoints" / "global_step_6").iterdir() if p.is_dir()) == [
         "critic",
+        "kl_controller",
         "policy",
     ]
 
@@ -76,6 +93,16 @@ def test_the_critic_may_start_from_another_model(whole: Path, inputs: Path, tmp_
     first, second = (read_metrics(path / "metrics.jsonl") for path in (whole, tmp_path / "run"))
     assert first[1]["reward/mean"] == second[1]["reward/mean"]
     assert first[2]["critic/values_mean"] != second[2]["critic/values_mean"]
+
+
+def test_a_critic_with_other_tokens_is_refused_by_name(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_model(vocab_size=310).save_pretrained(tmp_path / "critic")
+    make_tokenizer(310).save_pretrained(tmp_path / "critic")
+    critic = f"trainer.critic.model.path={tmp_path / 'critic'}"
+    assert run(load_config(arguments(inputs, tmp_path / "run", *PPO, critic))) == REFUSED
+    assert f"the critic {tmp_path / 'critic'} has another tokenizer" in capsys.readouterr().err
 
 
 @pytest.mark.slow
