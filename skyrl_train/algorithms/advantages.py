@@ -34,6 +34,7 @@ class AdvantageInputs:
     group_index: torch.Tensor  # [B] int64, numbers the prompt that each answers
     values: torch.Tensor | None = None  # [T] float32, the critic's, before the update
     baselines: torch.Tensor | None = None  # [B] float32, the score of the prompt's greedy answer
+    kl_costs: torch.Tensor | None = None  # [T] float32, what the KL in the reward took off, if there is one
 
     def __post_init__(self) -> None:
         tokens, trajectories = self.rewards.shape, self.scores.shape
@@ -45,6 +46,8 @@ class AdvantageInputs:
             raise ValueError(f"values must be [T] = {tokens}, found {self.values.shape}")
         if self.baselines is not None and self.baselines.shape != trajectories:
             raise ValueError(f"baselines must be [B] = {trajectories}, found {self.baselines.shape}")
+        if self.kl_costs is not None and self.kl_costs.shape != tokens:
+            raise ValueError(f"kl_costs must be [T] = {tokens}, found {self.kl_costs.shape}")
 
     def spread(self, per_trajectory: torch.Tensor) -> torch.Tensor:
         """[B] -> [T]: every token carries its trajectory's number."""

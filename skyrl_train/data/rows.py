@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,17 +39,22 @@ def read_rows(
     prompt_key: str = "prompt",
     target_key: str = "reward_spec.ground_truth",
     on_bad_row: Literal["error", "skip"] = "error",
+    check: Callable[[Sequence[Message]], None] | None = None,
 ) -> list[PromptRow]:
     """All rows of the files (jsonl, json, parquet, a `datasets` folder), in order.
 
-    Raises DataError for a bad row, or with `on_bad_row="skip"` counts it in one warning; ConfigError for a bad path.
+    `check` may refuse a row's messages, by raising DataError. Raises DataError for a bad row, or with
+    `on_bad_row="skip"` counts it in one warning; ConfigError for a bad path.
     """
     rows: list[PromptRow] = []
     skipped: list[str] = []
     for path in paths:
         for number, raw in _raw_rows(Path(path)):
             try:
-                rows.append(_check_row(raw, environment=environment, prompt_key=prompt_key, target_key=target_key))
+                row = _check_row(raw, environment=environment, prompt_key=prompt_key, target_key=target_key)
+                if check is not None:
+                    check(row.messages)
+                rows.append(row)
             except DataError as exc:
                 message = f"{path}, row {number}: {exc}"
                 if on_bad_row == "error":

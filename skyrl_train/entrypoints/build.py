@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
@@ -23,7 +23,9 @@ from skyrl_train.config.placement import needs_critic, needs_reference
 from skyrl_train.config.schema import Config
 from skyrl_train.config.schema_algorithm import Algorithm
 from skyrl_train.config.schema_generator import SamplingParams as SamplingKeys
+from skyrl_train.config.schema_trainer import Lora as LoraKeys
 from skyrl_train.config.schema_trainer import PolicyOptimizer
+from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
 from skyrl_train.data.chat import render_prompt
 from skyrl_train.data.rows import PromptRow, read_rows
 from skyrl_train.engines.base import GenerateFn
@@ -42,6 +44,7 @@ from skyrl_train.rollout.selection import DynamicSampling, Selection
 from skyrl_train.training.critic import CriticTrainer, ValueNetwork
 from skyrl_train.training.experience import ExperienceMaker, KlInReward
 from skyrl_train.training.learner import Learner
+from skyrl_train.training.lora import Adapters, LoraSettings
 from skyrl_train.training.model import check_same_tokens, load_model
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
@@ -133,9 +136,12 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     dtype = getattr(torch, keys.policy.model.dtype or "float32")
     device = device_of(config)
     model = load_model(model_folder, dtype=dtype, device=device)
-    reference: PreTrainedModel | None = None
-    if needs_reference(config):
-        reference_folder = _folder(keys.ref.model.path, config, model_folder)
+    adapters = _adapters(keys.policy.model.lora, "policy", model, keys, base_path=model_folder)
+    reference: PreTrainedModel | Literal["start"] | None = None
+    reference_folder = _folder(keys.ref.model.path, config, model_folder)
+    if needs_reference(config) and adapters is not None and reference_folder == model_folder:
+        reference = "start"
+    elif needs_reference(config):
         check_same_tokens(reference_folder, model_folder)
         reference = load_model(reference_folder, dtype=dtype, device=device)
     mini_batch_size = keys.policy_mini_batch_size or keys.train_batch_size
@@ -143,6 +149,7 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
         model,
         optimizer_settings(config, keys.policy.optimizer_config, mini_batch_size, total_steps),
         reference=reference,
+        adapters=adapters,
         offload_reference=keys.ref.offload_after_forward and device != "cpu",
         temperature=config.generator.sampling_params.temperature,
         gradient_checkpointing=keys.gradient_checkpointing,
@@ -170,12 +177,26 @@ def _critic(config: Config, model_folder: Path, *, total_steps: int) -> CriticTr
     folder = _folder(keys.critic.model.path, config, model_folder)
     check_same_tokens(folder, model_folder, role="critic")
     mini_batch_size = keys.critic_mini_batch_size or keys.policy_mini_batch_size or keys.train_batch_size
+    network = ValueNetwork(load_model(folder, dtype=dtype, device=device_of(config)))
     return CriticTrainer(
-        ValueNetwork(load_model(folder, dtype=dtype, device=device_of(config))),
+        network,
         optimizer_settings(config, keys.critic.optimizer_config, mini_batch_size, total_steps),
+        adapters=_adapters(keys.critic.model.lora, "critic", network.body, keys, base_path=folder),
         value_clip=keys.algorithm.value_clip,
         gradient_checkpointing=keys.gradient_checkpointing,
     )
+
+
+def _adapters(
+    lora: LoraKeys, role: str, model: PreTrainedModel, keys: TrainerKeys, *, base_path: Path
+) -> Adapters | None:
+    if not lora.rank:
+        return None
+    settings = LoraSettings(seed=keys.seed, **lora.model_dump())
+    try:
+        return Adapters(model, settings, base_path=str(base_path))
+    except ConfigError as exc:
+        raise ConfigError(f"trainer.{role}.model.{exc}") from exc
 
 
 def _folder(path: str | None, config: Config, policy_folder: Path) -> Path:
@@ -272,14 +293,22 @@ def _kl_in_reward(algorithm: Algorithm, learner: Learner) -> KlInReward:
 
 
 def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
-    """The embedded engine at the trainer's version: over its very module, or a copy where both work at once."""
-    model = learner.trainer.model
-    return engine_over(
-        own_weights(model) if config.trainer.fully_async.enabled else model,
+    """The embedded engine at the trainer's version: over its very module, or a copy where both work at once.
+
+    With adapters it has matrices of its own, in which they are merged.
+    """
+    model = learner.trainer.engine_model
+    is_trained = model is learner.trainer.model
+    engine = engine_over(
+        own_weights(model) if config.trainer.fully_async.enabled and is_trained else model,
         config,
         tokenizer,
         policy_version=learner.trainer.version,
     )
+    sampling = sampling_params(config.generator.sampling_params)
+    respect_logprob_space(config.trainer.algorithm, engine.info, sampling)
+    watch_engine(learner.watch, engine, sampling)
+    return engine
 
 
 def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, policy_version: int = 0) -> EmbeddedEngine:

@@ -14,7 +14,7 @@ import torch
 
 from skyrl_train.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs
 from skyrl_train.algorithms.policy_losses import POLICY_LOSSES, LossInputs, TokenLosses
-from skyrl_train.algorithms.registry import bind, resolve
+from skyrl_train.algorithms.registry import bind, flat_options, resolve
 from skyrl_train.config.schema import Config
 from skyrl_train.environments.reward_function import reward_function
 from skyrl_train.errors import ConfigError
@@ -26,7 +26,7 @@ NUM_PROMPTS, TOKENS_EACH = 2, 3
 def check_extensions(config: Config) -> None:
     """Raises ConfigError for the first of the configured functions that can't be used."""
     algorithm = config.trainer.algorithm
-    options = algorithm.model_dump()
+    options = flat_options(algorithm.model_dump())
     name = algorithm.advantage_estimator
     if name not in ADVANTAGE_ESTIMATORS:
         check_estimator(name, resolve("advantage estimator", ADVANTAGE_ESTIMATORS, name), options)
@@ -82,6 +82,7 @@ def advantage_example() -> AdvantageInputs:
         group_index=torch.arange(NUM_PROMPTS).repeat_interleave(2),
         values=torch.full((num_trajectories * TOKENS_EACH,), 0.5),
         baselines=torch.zeros(num_trajectories),
+        kl_costs=torch.zeros(num_trajectories * TOKENS_EACH),
     )
 
 

@@ -2,7 +2,8 @@
 
     def reward(response: str, target: Any) -> float
 
-Of `messages`, `response`, `target` and `extras` it names those that it wants. The function stands in for `init`, `step` and `close`, so a reward that needs no more than the answer is one function.
+Of `messages`, `response`, `target` and `extras` it names those that it wants. The function stands in for
+`init`, `step` and `close`, so a reward that needs no more than the answer is one function.
 """
 
 from __future__ import annotations
