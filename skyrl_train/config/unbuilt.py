@@ -47,10 +47,6 @@ _SERVERS = "leave it out; it is for generator.backend sglang and vllm"
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # Training
-    Unbuilt(
-        prefix="trainer.critic.model.lora", feature="a critic of adapters", instead="all of its weights: leave it out"
-    ),
-    Unbuilt(prefix="trainer.policy.model.lora", feature="LoRA training", instead="full weights: leave it out"),
     Unbuilt(prefix="trainer.fsdp_config", feature="FSDP2", instead=_ONE_DEVICE),
     Unbuilt(prefix="trainer.sequence_parallel_size", feature="sequence parallelism", instead=_ONE_DEVICE),
     *(

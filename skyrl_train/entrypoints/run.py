@@ -46,7 +46,6 @@ from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
-from skyrl_train.training.model import export_hf
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +119,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
         def export(step: int) -> None:
             last = step == total_steps
             folder = Path(keys.export_path or run_dir / "export")
-            export_hf(learner.trainer.model, tokenizer, folder if last else folder / f"global_step_{step}")
+            learner.trainer.export(tokenizer, folder if last else folder / f"global_step_{step}")
 
         with RunFiles(
             config,

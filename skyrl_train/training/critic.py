@@ -18,9 +18,10 @@ from skyrl_train.algorithms.value_loss import clipped_value_loss
 from skyrl_train.data.pack import MicroBatch
 from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
+from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import hidden_size, hidden_states, refuse_dropout
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
-from skyrl_train.training.trainer import checkpoint_activations
+from skyrl_train.training.trainer import checkpoint_activations, gradient_pass
 from skyrl_train.types import TrainBatch
 
 
@@ -65,10 +66,14 @@ class CriticTrainer:
         network: ValueNetwork,
         optimizer: OptimizerSettings,
         *,
+        adapters: Adapters | None = None,
         value_clip: float = 0.2,
         gradient_checkpointing: bool = False,
     ) -> None:
+        """With `adapters` of the network's body, they and the head are trained."""
         self.network = network
+        self._adapters = adapters
+        self._kept = network if adapters is None else ChangedTensors(network, adapters)
         self.last_step: StepStats | None = None
         self._value_clip = value_clip
         self._optimizer = MasterAdamW(list(network.parameters()), optimizer)
@@ -88,9 +93,9 @@ class CriticTrainer:
         """
         loss = torch.zeros((), device=self.network.body.device)
         num_clipped = torch.zeros_like(loss)
-        # transformers checkpoints activations in train mode only; without dropout the mode changes nothing else.
-        self.network.train(self._gradient_checkpointing)
-        try:
+        with gradient_pass(
+            self.network, self._adapters, self._optimizer.num_steps_done, checkpointing=self._gradient_checkpointing
+        ):
             for micro_batch in _own(batch):
                 if micro_batch.returns is None or micro_batch.values is None:
                     raise ValueError("these samples have no returns and values: they were made without a critic")
@@ -105,8 +110,6 @@ class CriticTrainer:
                 share.backward()  # type: ignore[no-untyped-call]
                 loss += share.detach()
                 num_clipped += losses.metrics["clip_frac"].sum()
-        finally:
-            self.network.train(False)
         return {"critic/loss": float(loss), "critic/clip_frac": float(num_clipped) / batch.num_loss_tokens}
 
     def optim_step(self) -> StepStats:
@@ -118,14 +121,14 @@ class CriticTrainer:
         """Write all that `load` needs for going on to the bit."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.network.state_dict(), folder / "model.pt")
+        torch.save(self._kept.state_dict(), folder / "model.pt")
         torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: str | Path) -> None:
         """Into the same tensors. Raises CheckpointError for another model's checkpoint; then nothing is valid."""
         folder = Path(folder)
         try:
-            self.network.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
+            self._kept.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
             self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             body = type(self.network.body).__name__

@@ -10,13 +10,13 @@ PPO, GRPO, SFT and distillation are recipes over these. One process here; shardi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.algorithms.policy_losses import LossInputs
@@ -25,11 +25,13 @@ from skyrl_train.data.pack import MicroBatch
 from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.logprobs import TokenLogprobs
+from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
 from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
-from skyrl_train.types import DiskWeights, LocalWeights, TrainBatch, WeightUpdate
+from skyrl_train.training.token_selection import select_tokens
+from skyrl_train.types import CopiedWeights, DiskWeights, LocalWeights, TrainBatch, WeightUpdate
 
 WhichModel = Literal["policy", "reference"]
 
@@ -46,7 +48,8 @@ class PolicyTrainer:
         model: PreTrainedModel,
         optimizer: OptimizerSettings,
         *,
-        reference: PreTrainedModel | None = None,
+        reference: PreTrainedModel | Literal["start"] | None = None,
+        adapters: Adapters | None = None,
         offload_reference: bool = False,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
@@ -54,15 +57,25 @@ class PolicyTrainer:
     ) -> None:
         """With `offload_reference` it is in host memory but for its own forward passes.
 
+        With `adapters` of this model only they are trained; the `reference` "start" is then the same model before
+        its first update, and takes no memory.
         Raises ConfigError for dropout or an architecture whose logits are not understood.
         """
         self.version = version
         self.last_step: StepStats | None = None
         self._model = model
+        self._adapters = adapters
+        self._engine_model = model if adapters is None else None
         model.eval()  # type: ignore[no-untyped-call]
-        refuse_dropout(model)
+        if adapters is None:
+            refuse_dropout(model)
+        self._kept = model if adapters is None else ChangedTensors(model, adapters)
         self._heads: dict[WhichModel, PolicyHead] = {"policy": PolicyHead(model, temperature=temperature)}
-        if reference is not None:
+        self._reference_is_start = reference == "start"
+        if reference == "start":
+            assert adapters is not None, "without adapters the weights of the start are gone after the first update"
+            self._heads["reference"], reference = self._heads["policy"], None
+        elif reference is not None:
             reference.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
             self._heads["reference"] = PolicyHead(reference, temperature=temperature)
         self.offloaded = HostMemory(
@@ -76,8 +89,24 @@ class PolicyTrainer:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The policy's module; an engine in this process runs it as it is."""
+        """The policy's module."""
         return self._model
+
+    @property
+    def engine_model(self) -> PreTrainedModel:
+        """What an engine in this process runs: the policy's module itself, or a plain one with adapters merged.
+
+        The merged one has adapted matrices of its own, made at the first call; `export_weights` has their new values.
+        """
+        if self._engine_model is None:
+            assert self._adapters is not None
+            self._engine_model = self._adapters.merged_model()
+        return self._engine_model
+
+    @property
+    def temperature(self) -> float:
+        """At which all log-probabilities are taken."""
+        return self._heads["policy"].temperature
 
     @property
     def has_reference(self) -> bool:
@@ -86,7 +115,7 @@ class PolicyTrainer:
     @torch.no_grad()
     def forward(self, batch: TrainBatch, *, which: WhichModel = "policy") -> list[torch.Tensor]:
         """Log-probabilities [N] of each micro-batch's targets, in its order, without gradients."""
-        with self.offloaded.on_device() if which == "reference" else nullcontext():
+        with self._reference_in_place() if which == "reference" else nullcontext():
             return [self._logprobs(which, micro_batch).logprobs for micro_batch in self._own(batch)]
 
     def forward_backward(
@@ -100,18 +129,21 @@ class PolicyTrainer:
         """Add the mini-batch's gradient; return its metrics, over all its tokens.
 
         `old_logprobs` and `ref_logprobs` are `forward`'s results for this batch. Without old ones the policy is its
-        own old policy, which is right for the first update of a batch only.
+        own old policy, which is right for the first update of a batch only. A loss with a `select` costs a forward
+        pass more: tokens are chosen over the whole mini-batch before its first gradient.
         """
         metrics = StepMetrics()
+        selected: Sequence[torch.Tensor | None] = [None] * len(self._own(batch))
+        if (select := getattr(loss_fn, "select", None)) is not None:
+            selected = select_tokens(select, self._own(batch), self.forward(batch), seed=self.version)
         denominators = Denominators(num_loss_tokens=batch.num_loss_tokens, num_samples=batch.num_samples)
-        # transformers checkpoints activations in train mode only; without dropout the mode changes nothing else.
-        self._model.train(self._gradient_checkpointing)
-        try:
+        with gradient_pass(self._model, self._adapters, self.version, checkpointing=self._gradient_checkpointing):
             for i, micro_batch in enumerate(self._own(batch)):
                 now = self._logprobs("policy", micro_batch)
                 rollout_logprobs = self._to_device(micro_batch.rollout_logprobs)
                 if micro_batch.advantages is None:
                     raise ValueError("these sequences have no advantages yet: nothing can be learned from them")
+                chosen = selected[i]
                 result = loss_fn(
                     LossInputs(
                         logprobs=now.logprobs,
@@ -121,6 +153,7 @@ class PolicyTrainer:
                         ref_logprobs=None if ref_logprobs is None else ref_logprobs[i],
                         advantages=self._to_device(micro_batch.advantages),
                         sample_index=self._to_device(micro_batch.sample_index),
+                        selected=None if chosen is None else self._to_device(chosen),
                     ),
                     denominators,
                 )
@@ -132,8 +165,6 @@ class PolicyTrainer:
                     # What the engine should have seen: the policy before this batch's first update.
                     trainer_logprobs=now.logprobs.detach() if old_logprobs is None else old_logprobs[i],
                 )
-        finally:
-            self._model.train(False)
         return metrics.result()
 
     def optim_step(self) -> int:
@@ -149,16 +180,27 @@ class PolicyTrainer:
         """
         if version != self.version:
             raise ValueError(f"version {version} was asked for, the trainer is at {self.version}")
-        if folder is None:
-            return WeightUpdate(version=version, source=LocalWeights())
-        path = export_hf(self._model, None, Path(folder) / f"version_{version}")
-        return WeightUpdate(version=version, source=DiskWeights(path=str(path)))
+        if folder is not None:
+            path = self.export(None, Path(folder) / f"version_{version}")
+            return WeightUpdate(version=version, source=DiskWeights(path=str(path)))
+        if self._adapters is not None:
+            return WeightUpdate(version=version, source=CopiedWeights(tensors=self._adapters.merged_tensors()))
+        return WeightUpdate(version=version, source=LocalWeights())
+
+    def export(self, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
+        """Write an HF folder that transformers loads: adapters are merged, and stand in `adapter/` in peft's format."""
+        if self._adapters is None:
+            return export_hf(self._model, tokenizer, folder)
+        adapters = self._adapters
+        return export_hf(
+            adapters.merged_model(), tokenizer, folder, also=lambda beside: adapters.export(beside / "adapter")
+        )
 
     def save(self, folder: str | Path) -> None:
         """Write all that `load` needs for going on to the bit."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._model.state_dict(), folder / "model.pt")
+        torch.save(self._kept.state_dict(), folder / "model.pt")
         torch.save({"version": self.version, **self._optimizer.state_dict()}, folder / "optimizer.pt")
 
     def load(self, folder: str | Path) -> None:
@@ -167,11 +209,20 @@ class PolicyTrainer:
         try:
             weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
             state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            self._model.load_state_dict(weights)
+            self._kept.load_state_dict(weights)
             self._optimizer.load_state_dict(state)
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder} doesn't fit {type(self._model).__name__}: {exc}") from exc
         self.version = state["version"]
+        if self._adapters is not None and self._engine_model is not None:
+            for name, merged in self._adapters.merged_tensors().items():
+                self._engine_model.get_parameter(name).data.copy_(merged)
+
+    def _reference_in_place(self) -> AbstractContextManager[None]:
+        if self._reference_is_start:
+            assert self._adapters is not None
+            return self._adapters.at_start()
+        return self.offloaded.on_device()
 
     def _logprobs(self, which: WhichModel, micro_batch: MicroBatch) -> TokenLogprobs:
         if which not in self._heads:
@@ -192,6 +243,19 @@ class PolicyTrainer:
     def _own(batch: TrainBatch) -> tuple[MicroBatch, ...]:
         assert len(batch.micro_batches) == 1, f"one process was handed the batches of {len(batch.micro_batches)} ranks"
         return batch.micro_batches[0]
+
+
+@contextmanager
+def gradient_pass(
+    module: torch.nn.Module, adapters: Adapters | None, step: int, *, checkpointing: bool
+) -> Iterator[None]:
+    """Train mode inside, where it is needed: activations are checkpointed, and adapters drop out, in it only."""
+    module.train(checkpointing or (adapters is not None and adapters.settings.dropout > 0))
+    try:
+        with nullcontext() if adapters is None else adapters.dropout_at(step):
+            yield
+    finally:
+        module.train(False)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

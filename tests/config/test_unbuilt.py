@@ -12,12 +12,7 @@ from skyrl_train.config.unbuilt import UNBUILT
 @pytest.mark.parametrize(
     "override",
     [
-        "trainer.critic.model.lora.rank=8",
         "trainer.placement.critic_num_nodes=2",
-        "trainer.algorithm.policy_loss_type=gspo",
-        "trainer.algorithm.cispo.cispo_eps_clip_high=3",
-        "trainer.algorithm.use_tis=true",
-        "trainer.policy.model.lora.rank=8",
         "trainer.fsdp_config.cpu_offload=true",
         "trainer.placement.policy_num_gpus_per_node=8",
         "generator.max_turns=3",
@@ -58,4 +53,4 @@ def test_each_line_of_the_table_is_about_a_key_or_group_of_the_schema() -> None:
 
 def test_all_of_them_are_listed_at_once() -> None:
     with pytest.raises(ConfigError, match="2 settings are not built yet"):
-        load_config(["generator.max_turns=3", "trainer.policy.model.lora.rank=4"])
+        load_config(["generator.max_turns=3", "trainer.sequence_parallel_size=2"])
