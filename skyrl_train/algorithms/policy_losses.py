@@ -111,7 +111,7 @@ def sapo(inputs: LossInputs, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> 
     out the gradient fades on both sides instead of ending at a bound, faster with a larger tau.
     """
     ratio = torch.exp(inputs.logprobs - inputs.old_logprobs)
-    tau = torch.where(inputs.advantages > 0, tau_pos, tau_neg)
+    tau = torch.full_like(ratio, tau_neg).masked_fill(inputs.advantages > 0, tau_pos)
     gate = torch.sigmoid(tau * (ratio - 1))
     slope = (4 * gate * (1 - gate)).detach()
     return TokenLosses(

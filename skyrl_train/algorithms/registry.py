@@ -35,3 +35,24 @@ def bind(function: Callable[..., Any], options: Mapping[str, Any]) -> Callable[.
     """
     wanted = inspect.signature(function).parameters
     return partial(function, **{name: value for name, value in options.items() if name in wanted})
+
+
+LOSS_GROUPS = ("sapo", "cispo", "clip_cov", "kl_cov")
+"""Groups of trainer.algorithm whose keys are options of one loss."""
+
+RENAMED = {"clip_cov.clip_ratio": "clip_cov_ratio"}
+"""Where a key alone doesn't say whose it is."""
+
+
+def flat_options(algorithm: Mapping[str, Any]) -> dict[str, Any]:
+    """trainer.algorithm with the keys of the losses' groups at its top, so that a function can name them.
+
+    {"gamma": 1, "clip_cov": {"clip_ratio": 0.1, "clip_cov_lb": 2}}  ->  and  clip_cov_ratio 0.1, clip_cov_lb 2
+    """
+    options = dict(algorithm)
+    for group in LOSS_GROUPS:
+        for key, value in algorithm.get(group, {}).items():
+            name = RENAMED.get(f"{group}.{key}", key)
+            assert name not in options, f"trainer.algorithm.{group}.{key}: {name} is an option already"
+            options[name] = value
+    return options

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from skyrl_train.config.check_engine import ENGINE_RULES
+from skyrl_train.config.check_lora import LORA_RULES
+from skyrl_train.config.check_policy import POLICY_RULES
 from skyrl_train.config.check_selection import SELECTION_RULES
 from skyrl_train.config.check_speculation import SPECULATION_RULES
 from skyrl_train.config.check_training import TRAINING_RULES
@@ -133,6 +135,8 @@ RULES: tuple[Rule, ...] = (
     context_fits,
     quickstart_numbers_with_another_model,
     *TRAINING_RULES,
+    *POLICY_RULES,
+    *LORA_RULES,
     *SELECTION_RULES,
     *ENGINE_RULES,
     *SPECULATION_RULES,

@@ -63,7 +63,7 @@ class Cispo(Group):
     """Clipped importance weights of policy_loss_type cispo."""
 
     cispo_eps_clip_low: float = Field(
-        1.0, ge=0, description="The weight's lower bound is 1 - this; 1.0 is no lower bound."
+        1.0, ge=0, description="The weight's lower bound is 1 - this; 1 and more are no lower bound, and so is 0."
     )
     cispo_eps_clip_high: float = Field(5.0, ge=0, description="The weight's upper bound is 1 + this.")
 
@@ -71,7 +71,9 @@ class Cispo(Group):
 class ClipCov(Group):
     """Covariance clipping of policy_loss_type clip_cov."""
 
-    clip_ratio: Fraction = Field(0.0002, description="Fraction of tokens whose gradient is dropped.")
+    clip_ratio: Fraction = Field(
+        0.0002, description="Fraction of a mini-batch's tokens whose gradient is dropped; one token at least."
+    )
     clip_cov_lb: float = Field(1.0, description="Least covariance of a token that may be dropped.")
     clip_cov_ub: float = Field(5.0, description="Greatest covariance of a token that may be dropped.")
 
@@ -79,8 +81,31 @@ class ClipCov(Group):
 class KlCov(Group):
     """Covariance-selected KL penalty of policy_loss_type kl_cov."""
 
-    kl_cov_frac: Fraction = Field(0.2, description="Fraction of tokens, by covariance, that get the penalty.")
+    kl_cov_frac: Fraction = Field(
+        0.2, description="Fraction of a mini-batch's tokens, by covariance, that get the penalty; one token at least."
+    )
     ppo_kl_coef: float = Field(1.0, ge=0, description="Weight of that penalty.")
+
+
+class OffPolicy(Group):
+    """Samples whose probability at the engine is not the trainer's: ratio = trainer / engine, before the update."""
+
+    sequence_mask: Literal["geometric", "product"] | None = Field(
+        None,
+        description="Give a whole sample weight 0 when its ratio is outside the bounds: geometric is the geometric "
+        "mean over its tokens, product their product, the sample's true ratio; null is off.",
+    )
+    sequence_mask_low: float = Field(0.5, ge=0, lt=1, description="Least ratio of a sample that is trained on.")
+    sequence_mask_high: float = Field(2.0, gt=1, description="Greatest ratio of a sample that is trained on.")
+    token_veto_below: float | None = Field(
+        None, gt=0, lt=1, description="One token with a ratio below this gives its sample weight 0; null is off."
+    )
+    max_logprob_diff: float | None = Field(
+        None,
+        gt=0,
+        description="The run stops, with a diagnosis, when a token's log-probabilities at engine and trainer differ "
+        "by more than this; null is off.",
+    )
 
 
 class Algorithm(Group):
@@ -130,6 +155,7 @@ class Algorithm(Group):
     overlong: Overlong
     use_tis: bool = Field(False, description="Weigh tokens by the truncated ratio of trainer to engine probability.")
     tis_imp_ratio_cap: float = Field(2.0, gt=0, description="Where that ratio is truncated.")
+    off_policy: OffPolicy
     sapo: Sapo
     cispo: Cispo
     clip_cov: ClipCov

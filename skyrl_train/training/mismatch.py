@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skyrl_train.algorithms.off_policy import Sampling, comparable
+from skyrl_train.algorithms.logprob_space import Sampling, comparable
 from skyrl_train.data.pack import MicroBatch
 from skyrl_train.engines.base import LogprobSpace
 from skyrl_train.errors import LogprobMismatchError

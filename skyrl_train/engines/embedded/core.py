@@ -106,6 +106,11 @@ class EngineCore:
         self._num_steps = 0
         self._num_generated = 0
 
+    @property
+    def model(self) -> torch.nn.Module:
+        """The module whose weights are served."""
+        return self._model
+
     # -- requests
 
     def add(self, request: GenerateRequest) -> RequestState:
@@ -148,7 +153,9 @@ class EngineCore:
                 )
         if request.sampling.stop and self._tokenizer is None:
             raise RequestRejected(f"request {rid}: stop strings need a tokenizer, engine {name} has none")
-        self.scheduler.check(name, rid, len(request.prompt_token_ids), request.sampling.max_new_tokens, self.context_len)
+        self.scheduler.check(
+            name, rid, len(request.prompt_token_ids), request.sampling.max_new_tokens, self.context_len
+        )
 
     def abort(self, request_ids: Sequence[str]) -> list[Finished]:
         """End these requests with what they have; ids that aren't here are ignored."""
