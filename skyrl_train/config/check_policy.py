@@ -92,9 +92,19 @@ def off_policy(checked: Checked) -> Iterator[Finding]:
     if keys.max_logprob_diff is not None and asynchronous.enabled and asynchronous.max_staleness_steps:
         yield warning(
             f"{checked.show(f'{group}.max_logprob_diff')} with trainer.fully_async.max_staleness_steps="
-            f"{asynchronous.max_staleness_steps}: what the policy has learned since a sample was drawn counts as a "
-            "difference too"
+            f"{asynchronous.max_staleness_steps}: only tokens that the policy in training sampled itself are judged, "
+            "and with stale samples those are few or none"
         )
 
 
-POLICY_RULES: tuple[Rule, ...] = (loss_options, sequence_loss, off_policy)
+def kl_estimator(checked: Checked) -> Iterator[Finding]:
+    """What a KL estimator's gradient is as a loss: see algorithms/kl.py."""
+    algorithm = checked.config.trainer.algorithm
+    if algorithm.use_kl_loss and algorithm.kl_estimator_type == "k1":
+        yield warning(
+            f"{checked.show(f'{_ALGORITHM}.kl_estimator_type')} with {_ALGORITHM}.use_kl_loss=true: as a loss its "
+            "gradient is 0 on average and pulls nowhere; k2 and k3 do, and k1 is right in the reward"
+        )
+
+
+POLICY_RULES: tuple[Rule, ...] = (loss_options, sequence_loss, off_policy, kl_estimator)

@@ -40,7 +40,8 @@ class FirstMismatch:
     """The first token of the mini-batch over the bound, samples in order.
 
     It is prediction `index` of micro-batch `micro_batch`. `position` counts from the start of the sequence;
-    `turn_position` from the start of its turn, which is a run of tokens that the policy sampled.
+    `turn_position` from the start of its turn, which is a run of tokens that the policy sampled. `version` is the
+    policy's that sampled it, where that is known.
     """
 
     micro_batch: int
@@ -50,6 +51,7 @@ class FirstMismatch:
     turn: int
     turn_position: int
     token_id: int
+    version: int | None
     rollout_logprob: float
     trainer_logprob: float
     num_over: int
@@ -60,20 +62,26 @@ class FirstMismatch:
         return (
             f"{self.num_over} of {self.num_tokens} tokens differ by more than {self.bound:g}; the first is token "
             f"{self.turn_position} of turn {self.turn} of trajectory {self.trajectory_id} (position {self.position}, "
-            f"token id {self.token_id}): engine {self.rollout_logprob:.6g}, trainer {self.trainer_logprob:.6g}"
+            f"token id {self.token_id}{'' if self.version is None else f', sampled by version {self.version}'}): "
+            f"engine {self.rollout_logprob:.6g}, trainer {self.trainer_logprob:.6g}"
         )
 
 
-def first_mismatch(batch: TrainBatch, logprobs: Sequence[torch.Tensor], bound: float) -> FirstMismatch | None:
+def first_mismatch(
+    batch: TrainBatch, logprobs: Sequence[torch.Tensor], bound: float, *, version: int | None = None
+) -> FirstMismatch | None:
     """None while |trainer - rollout| is at most `bound` at every token. `logprobs` are `PolicyTrainer.forward`'s.
 
-    What is not a number is over any bound.
+    With the trainer's `version`, tokens that are known to come from another policy are not judged: of those a
+    difference is no error. What is not a number is over any bound.
     """
     (micro_batches,) = batch.micro_batches
     found: tuple[int, int, int] | None = None
     num_over = 0
     for k, (micro_batch, now) in enumerate(zip(micro_batches, logprobs, strict=True)):
         over = ~((now.cpu() - micro_batch.rollout_logprobs).abs() <= bound)
+        if version is not None and micro_batch.policy_versions is not None:
+            over &= micro_batch.policy_versions == version
         num_over += int(over.sum())
         for index in over.nonzero()[:, 0].tolist():
             place = (int(micro_batch.token_index[index]), k, index)
@@ -93,6 +101,7 @@ def first_mismatch(batch: TrainBatch, logprobs: Sequence[torch.Tensor], bound: f
         turn=turn,
         turn_position=turn_position,
         token_id=int(micro_batch.target_ids[index]),
+        version=None if micro_batch.policy_versions is None else int(micro_batch.policy_versions[index]),
         rollout_logprob=float(micro_batch.rollout_logprobs[index]),
         trainer_logprob=float(logprobs[k][index]),
         num_over=num_over,
@@ -214,8 +223,8 @@ def _compare_layers(
 ) -> tuple[str | None, str]:
     """Both modules under the trainer's attention, on the rows that the token's prediction looks at."""
     rows = rows_before(micro_batch, int(micro_batch.predict_rows[first.index]))
-    ours, our_logprob = _run(trainer.model, micro_batch, rows, trainer.temperature, first.index)
-    theirs, their_logprob = _run(engine, micro_batch, rows, trainer.temperature, first.index)
+    ours, our_logprob = _run(trainer.head, micro_batch, rows, first.index)
+    theirs, their_logprob = _run(trainer.head.over(engine), micro_batch, rows, first.index)
     for (name, a), (other, b) in zip(ours, theirs, strict=False):
         if name != other:
             return name, f"the trainer has {name} where the engine's module has {other}"
@@ -227,11 +236,10 @@ def _compare_layers(
 
 
 def _run(
-    model: PreTrainedModel, micro_batch: MicroBatch, rows: torch.Tensor, temperature: float, index: int
+    head: PolicyHead, micro_batch: MicroBatch, rows: torch.Tensor, index: int
 ) -> tuple[list[tuple[str, torch.Tensor]], float]:
     """Outputs [R, H] of embedding, layers and final norm, in the order in which they were made; the logprob."""
-    device = model.device
-    head = PolicyHead(model, temperature=temperature)
+    model, device = head.model, head.model.device
     with _recording(model, rows) as outputs:
         result = head(
             micro_batch.token_ids.to(device),
@@ -296,6 +304,6 @@ class MismatchWatch:
 
     def check(self, trainer: PolicyTrainer, batch: TrainBatch, logprobs: Sequence[torch.Tensor]) -> None:
         """Raises LogprobMismatchError with the diagnosis when a token is over the bound."""
-        first = first_mismatch(batch, logprobs, self.max_diff)
+        first = first_mismatch(batch, logprobs, self.max_diff, version=trainer.version)
         if first is not None:
             raise LogprobMismatchError(str(diagnose(first, batch, trainer, self.engine)))

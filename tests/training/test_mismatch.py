@@ -17,6 +17,7 @@ from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.entrypoints.build_off_policy import watch_engine
 from skyrl_train.errors import LogprobMismatchError
+from skyrl_train.training.lora import Adapters, LoraSettings
 from skyrl_train.training.mismatch import (
     EngineView,
     MismatchWatch,
@@ -43,7 +44,7 @@ def trainer() -> PolicyTrainer:
 
 def as_sampled_by(model: PreTrainedModel, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
     """The samples with the log-probabilities that an engine over this module would have given."""
-    policy = PolicyTrainer(copy.deepcopy(model), OptimizerSettings(lr=1e-3))
+    policy = PolicyTrainer(copy.deepcopy(model).requires_grad_(True), OptimizerSettings(lr=1e-3))
     result = []
     for sample in samples:
         logprobs = policy.forward(pack([sample], micro_batch_size=1))[0]
@@ -78,6 +79,17 @@ def corrupted(samples: Sequence[TrainingSample], sample: int, position: int, val
 def test_within_the_bound_there_is_nothing(trainer: PolicyTrainer) -> None:
     batch = pack(as_sampled_by(trainer.model, make_samples()), max_tokens_per_micro_batch=33)
     assert first_mismatch(batch, trainer.forward(batch), BOUND) is None
+
+
+def test_tokens_of_another_policy_are_not_judged(trainer: PolicyTrainer) -> None:
+    samples = corrupted(as_sampled_by(trainer.model, make_samples()), 2, -1, -50.0)
+
+    def found(version: int) -> Any:
+        dated = [replace(s, policy_versions=torch.where(s.loss_mask, version, -1)) for s in samples]
+        batch = pack(dated, max_tokens_per_micro_batch=33)
+        return first_mismatch(batch, trainer.forward(batch), BOUND, version=trainer.version)
+
+    assert found(trainer.version) is not None and found(trainer.version - 1) is None
 
 
 @pytest.mark.parametrize("value", [-50.0, float("nan"), float("-inf")])
@@ -165,6 +177,29 @@ def test_rows_before_are_the_tokens_own_sequence(trainer: PolicyTrainer) -> None
         sample = by_id[micro_batch.trajectory_ids[int(micro_batch.sample_index[index])]]
         assert micro_batch.token_ids[rows].tolist() == sample.token_ids[: len(rows)].tolist()
         assert int(sample.token_ids[len(rows)]) == int(micro_batch.target_ids[index])
+
+
+def test_merged_adapters_are_compared_by_the_engines_names(objective: PolicyObjective) -> None:
+    """The engine has the adapters of the start; after an update its adapted matrices are the stale ones."""
+    model = make_model("qwen2")
+    adapters = Adapters(model, LoraSettings(rank=4, target_modules=["q_proj"], init_method="gaussian"))
+    trainer = PolicyTrainer(model, OptimizerSettings(lr=0.5), adapters=adapters)
+    engine = trainer.engine_model
+    samples = as_sampled_by(engine, make_samples())
+    wrong = found_by(trainer, corrupted(samples, 0, -1, -50.0), view(engine))
+    assert (wrong.cause, wrong.tensor, wrong.layer) == ("rollout", None, None)
+    trainer.forward_backward(pack(samples, micro_batch_size=12), objective)
+    trainer.optim_step()
+    stale = found_by(trainer, samples, view(engine))
+    assert (stale.cause, stale.tensor) == ("weights", "model.layers.0.self_attn.q_proj.weight")
+    assert "2 of " in stale.weights and stale.layer == "layers.0"
+
+
+def test_the_version_that_sampled_the_token_is_said(trainer: PolicyTrainer) -> None:
+    samples = corrupted(as_sampled_by(trainer.model, make_samples()), 0, -1, -50.0)
+    samples = [replace(s, policy_versions=torch.full((len(s.token_ids),), 2)) for s in samples]
+    diagnosis = found_by(trainer, samples, view(trainer.model))
+    assert diagnosis.first.version == 2 and "sampled by version 2" in str(diagnosis)
 
 
 # In an update
