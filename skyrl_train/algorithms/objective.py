@@ -62,7 +62,7 @@ class PolicyObjective:
             weights = self.corrections(inputs.old_logprobs, inputs.rollout_logprobs, inputs.sample_index)
             values = weights.values * values
             metrics |= weights.token_metrics
-            if self.corrections.masks:
+            if weights.masked_samples is not None:
                 metrics["masked_sample_frac"] = _as_sample_mean(weights.masked_samples, inputs, denominators)
         if self.kl is not None:
             if inputs.ref_logprobs is None:

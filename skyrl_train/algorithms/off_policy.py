@@ -29,11 +29,11 @@ SequenceMask = Literal["geometric", "product"]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TokenWeights:
-    """`values` [N] for the policy loss; `masked_samples` [B] bool; `token_metrics`: name -> [N]."""
+    """`values` [N] for the policy loss; `masked_samples` [B] bool where masks are on; `token_metrics`: name -> [N]."""
 
     values: torch.Tensor
-    masked_samples: torch.Tensor
     token_metrics: Mapping[str, torch.Tensor]
+    masked_samples: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ class Corrections:
         if self.tis_cap is not None:
             weights = ratio.clamp_max(self.tis_cap)
             metrics["tis_truncated_frac"] = (ratio > self.tis_cap).float()
+        if not self.masks:
+            return TokenWeights(values=weights, token_metrics=metrics)
         masked = torch.zeros_like(sum_per_sample(log_ratio, sample_index), dtype=torch.bool)
         if self.sequence_mask is not None:
             over = mean_per_sample if self.sequence_mask == "geometric" else sum_per_sample
@@ -83,10 +85,10 @@ class Corrections:
             masked = ~((sequence_ratio >= self.sequence_mask_low) & (sequence_ratio <= self.sequence_mask_high))
         if self.token_veto_below is not None:
             masked = masked | (sum_per_sample((ratio < self.token_veto_below).to(ratio.dtype), sample_index) > 0)
-        if self.masks:
-            weights = torch.where(masked[sample_index], 0.0, weights)
-            metrics["masked_token_frac"] = masked[sample_index].float()
-        return TokenWeights(values=weights, masked_samples=masked, token_metrics=metrics)
+        metrics["masked_token_frac"] = masked[sample_index].float()
+        return TokenWeights(
+            values=torch.where(masked[sample_index], 0.0, weights), masked_samples=masked, token_metrics=metrics
+        )
 
 
 def importance_ratio(old_logprobs: torch.Tensor, rollout_logprobs: torch.Tensor) -> torch.Tensor:

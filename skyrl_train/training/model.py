@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 from collections.abc import Callable
@@ -111,6 +112,12 @@ class PolicyHead:
         if not isinstance(self._head, torch.nn.Linear):
             raise ConfigError(f"{type(model).__name__} has no linear language-model head")
         self._transform = _discover_transform(model, self._head)
+
+    def over(self, model: PreTrainedModel) -> PolicyHead:
+        """The same for another module of this architecture, which is not probed: somebody else may be running it."""
+        other = copy.copy(self)
+        other.model, other._head = model, model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return other
 
     def __call__(
         self,

@@ -104,9 +104,9 @@ class PolicyTrainer:
         return self._engine_model
 
     @property
-    def temperature(self) -> float:
-        """At which all log-probabilities are taken."""
-        return self._heads["policy"].temperature
+    def head(self) -> PolicyHead:
+        """Computes the policy's log-probabilities."""
+        return self._heads["policy"]
 
     @property
     def has_reference(self) -> bool:

@@ -119,7 +119,7 @@ def test_metrics_count_what_was_corrected() -> None:
 def test_what_cannot_be_compared_is_masked() -> None:
     rollout = torch.tensor([math.nan, -1.0])
     found = Corrections(sequence_mask="geometric")(torch.tensor([-1.0, -1.0]), rollout, torch.tensor([0, 1]))
-    assert found.masked_samples.tolist() == [True, False]
+    assert found.masked_samples is not None and found.masked_samples.tolist() == [True, False]
 
 
 def test_a_wild_ratio_stays_finite() -> None:

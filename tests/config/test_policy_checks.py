@@ -89,13 +89,19 @@ def test_bounds_of_a_mask_need_the_mask() -> None:
     assert f"is read with {GROUP}.off_policy.sequence_mask=geometric or product only" in message
 
 
-def test_the_bound_counts_staleness_too() -> None:
+def test_the_bound_judges_no_stale_tokens() -> None:
     options = (f"{GROUP}.off_policy.max_logprob_diff=1.0", "trainer.fully_async.enabled=true")
-    assert "counts as a difference too" in warned(*options)
-    assert "counts as a difference too" not in warned(*options, "trainer.fully_async.max_staleness_steps=0")
+    assert "are few or none" in warned(*options)
+    assert "are few or none" not in warned(*options, "trainer.fully_async.max_staleness_steps=0")
 
 
 def test_tis_goes_with_every_loss() -> None:
     """importance_sampling included: its ratio is new / old, the correction's old / rollout."""
     for loss in POLICY_LOSSES:
         warned(f"{GROUP}.policy_loss_type={loss}", f"{GROUP}.use_tis=true")
+
+
+def test_k1_as_a_loss_is_warned_of() -> None:
+    k1 = f"{GROUP}.kl_estimator_type=k1"
+    assert "gradient is 0 on average" in warned(k1, f"{GROUP}.use_kl_loss=true")
+    assert "gradient is 0 on average" not in warned(k1, f"{GROUP}.use_kl_in_reward=true")
