@@ -163,7 +163,7 @@ async def roll_out(job: Job, prompts: Sequence[Prompt]) -> Rollouts:
 
 
 async def evaluate(job: Job, step: int) -> dict[str, float]:
-    """Held-out prompts, greedy unless asked otherwise: `eval/accuracy` is the fraction with a full reward of 1."""
+    """Held-out prompts, greedy unless asked otherwise."""
     if not job.eval_prompts:
         return {}
     with job.phases("evaluate"):
@@ -179,6 +179,11 @@ async def evaluate(job: Job, step: int) -> dict[str, float]:
     # from the cache and one that is computed may differ in the last bit.
     await job.engine.flush_cache()
     job.log.evaluation(step, rollouts)
+    return evaluation_metrics(rollouts, num_samples=job.num_eval_samples)
+
+
+def evaluation_metrics(rollouts: Rollouts, *, num_samples: int) -> dict[str, float]:
+    """`eval/accuracy` is the fraction of answers with a full reward of 1; of several answers a prompt also pass@k."""
     rewards = [trajectory.reward for trajectory in rollouts.trajectories]
     lengths = rollouts.metrics()
     return {
@@ -186,5 +191,5 @@ async def evaluate(job: Job, step: int) -> dict[str, float]:
         "eval/reward_mean": sum(rewards) / len(rewards),
         "eval/response_len_mean": lengths["rollout/response_len_mean"],
         "eval/num_failed": rollouts.num_failed,
-        **(pass_at_k_metrics(rollouts, num_samples=job.num_eval_samples) if job.num_eval_samples > 1 else {}),
+        **(pass_at_k_metrics(rollouts, num_samples=num_samples) if num_samples > 1 else {}),
     }
