@@ -23,6 +23,7 @@ class ModelShape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
+    mlp_size: int
     max_positions: int | None
     num_parameters: int
     architecture: str
@@ -30,6 +31,18 @@ class ModelShape:
     def kv_bytes_per_token(self, bytes_per_number: int) -> int:
         """Keys and values of one token in all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * bytes_per_number
+
+    @property
+    def num_linear_parameters(self) -> int:
+        """Of the seven linear maps of each layer."""
+        heads = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        return self.num_layers * self.hidden_size * (heads + 3 * self.mlp_size)
+
+    def num_adapter_parameters(self, rank: int) -> int:
+        """Adapters on the seven linear maps of each layer; those of a mixture's experts have none."""
+        hidden, queries, keys = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        ends = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + self.mlp_size)
+        return self.num_layers * rank * ends
 
 
 def find_model_folder(path: str) -> Path | None:
@@ -73,6 +86,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape | None:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=vocab,
+        mlp_size=int(text.get("intermediate_size") or 4 * hidden),
         max_positions=text.get("max_position_embeddings"),
         num_parameters=embeddings + layers * (attention + _mlp(text, hidden) + 2 * hidden) + hidden,
         architecture=str((text.get("architectures") or [text.get("model_type", "unknown")])[0]),

@@ -140,15 +140,26 @@ def _memory(
     shards = max(count.policy, 1)
     # Low-precision weights get a float32 twin that AdamW steps on; gradients are summed in float32.
     master = MASTER_BYTES if number < MASTER_BYTES else 0
+    lora, critic_lora = trainer.policy.model.lora, trainer.critic.model.lora
+    trained, trained_master = (shape.num_adapter_parameters(lora.rank), 0) if lora.rank else (parameters, master)
     memory = {
         "weights": parameters * number // shards,
-        "gradients": parameters * GRADIENT_BYTES // shards,
-        "optimizer": parameters * (ADAM_BYTES + master) // shards,
+        "gradients": trained * GRADIENT_BYTES // shards,
+        "optimizer": trained * (ADAM_BYTES + trained_master) // shards,
     }
+    if lora.rank:  # in float32 whatever the weights are in
+        memory["adapters"] = trained * MASTER_BYTES // shards
+        if generator.backend == "embedded":
+            memory["merged weights"] = shape.num_linear_parameters * number
+    own_reference = not lora.rank or trainer.ref.model.path not in (None, trainer.policy.model.path)
     if needs_reference(config) and (trainer.placement.colocate_policy_ref or trainer.placement.colocate_all):
-        memory["reference"] = parameters * number // shards
+        memory["reference"] = parameters * number // shards if own_reference else 0
     if needs_critic(config) and trainer.critic.model.path in (None, trainer.policy.model.path):
-        memory["critic"] = parameters * (number + GRADIENT_BYTES + ADAM_BYTES + master) // shards
+        adapters = shape.num_adapter_parameters(critic_lora.rank)
+        state = adapters * (MASTER_BYTES + GRADIENT_BYTES + ADAM_BYTES)
+        if not critic_lora.rank:
+            state = parameters * (GRADIENT_BYTES + ADAM_BYTES + master)
+        memory["critic"] = (parameters * number + state) // shards
     per_token = shape.kv_bytes_per_token(BYTES_PER_NUMBER[generator.model_dtype or "float32"])
     fraction = generator.gpu_memory_utilization or 0.0
     wanted = (generator.max_num_seqs or 0) * (generator.max_model_len or 0)

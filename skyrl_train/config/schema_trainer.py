@@ -34,15 +34,26 @@ class Placement(Group):
 
 
 class Lora(Group):
-    """Low-rank adapters instead of full weights; rank 0 is off."""
+    """Low-rank adapters instead of full weights, through peft; rank 0 is off."""
 
     rank: NonNegative = Field(0, description="Rank of the adapters; 0 trains all weights.")
     alpha: float = Field(16.0, gt=0, description="Adapters are scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' input.")
-    target_modules: str | Strings = Field("all-linear", description="Modules that get an adapter: names or all-linear.")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapters' input, in gradient passes; rollouts, old and reference "
+        "log-probabilities have none.",
+    )
+    target_modules: str | Strings = Field(
+        "all-linear",
+        description="Modules that get an adapter: names of linear maps, or all-linear for each of them but the head.",
+    )
     exclude_modules: Strings = Field((), description="Modules that get none.")
     init_method: Literal["kaiming", "gaussian", "orthogonal", "pissa"] = Field(
-        "kaiming", description="How the adapters start."
+        "kaiming",
+        description="How the adapters start: at no change with kaiming, gaussian and orthogonal; from the weights' "
+        "principal part with pissa, whose checkpoints keep the rest of the adapted weights too.",
     )
 
 
@@ -52,7 +63,8 @@ class PolicyModel(Group):
     path: str = Field(
         "builtin:arithmetic",
         min_length=1,
-        description="A folder in Hugging Face format, or builtin:arithmetic: a tiny model made on this machine.",
+        description="A folder in Hugging Face format, or a tiny model made on this machine: builtin:arithmetic, or "
+        "builtin:calculator, which knows the form of a tool call.",
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="Type of the weights in the trainer; null is float32 on a CPU and bfloat16 on a GPU."

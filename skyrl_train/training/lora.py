@@ -65,6 +65,8 @@ class Adapters:
         self._model = model
         self._base_path = base_path
         self._config = _peft_config(settings, targets=_targets(model, settings), base_path=base_path)
+        # GPT-2's maps are [in, out]; peft finds that out by itself, with a warning.
+        self._config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in model.modules())
         weights = {name: parameter.data for name, parameter in model.named_parameters()}
         with torch.random.fork_rng(devices=[]):  # peft draws on the CPU
             torch.manual_seed(settings.seed)

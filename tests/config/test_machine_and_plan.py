@@ -190,6 +190,19 @@ def test_the_plan_of_a_half_billion_parameters_on_one_gpu(tmp_path: Path) -> Non
     assert any("KV cache" in line for line in plan_lines(plan))
 
 
+def test_the_plan_of_adapters_counts_them_instead_of_all_weights(tmp_path: Path) -> None:
+    model = with_model(tmp_path, tie_word_embeddings=True)
+    gpu, kl = "trainer.placement.policy_num_gpus_per_node=1", "trainer.algorithm.use_kl_loss=true"
+    memory = make_plan(load_config([model, gpu, kl, "trainer.policy.model.lora.rank=16"]).config, ONE_H200).memory
+    # By hand, 24 layers: q and o 896 + 896, k and v 896 + 128, gate, up and down 896 + 4864, each times the rank.
+    adapters = 24 * 16 * (2 * (896 + 896) + 2 * (896 + 128) + 3 * (896 + 4864))
+    linear = 24 * (2 * 896 * 896 + 2 * 896 * 128 + 3 * 896 * 4864)
+    assert memory["gradients"] == memory["adapters"] == 4 * adapters
+    assert memory["optimizer"] == 8 * adapters
+    assert memory["merged weights"] == 2 * linear
+    assert memory["reference"] == 0, "the policy with its adapters off"
+
+
 def test_a_plan_over_the_memory_says_so(tmp_path: Path) -> None:
     config = load_config([with_model(tmp_path, num_hidden_layers=2400), "generator.backend=sglang"]).config
     assert any("more than there is" in note for note in make_plan(config, LAPTOP).notes)

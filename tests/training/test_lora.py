@@ -124,6 +124,19 @@ def test_before_the_first_update_the_model_is_the_one_it_adapts(init_method: Any
         torch.testing.assert_close(logits(model), logits(make_model()), rtol=1e-4, atol=1e-4)
 
 
+def test_a_pissa_start_in_bfloat16_sums_to_the_weights_but_for_one_rounding() -> None:
+    """What is left of W is rounded after the rounded adapters were taken off, so that no error of theirs stays."""
+    model = make_model().bfloat16()
+    names = Adapters(model, LoraSettings(rank=16, init_method="pissa")).module_names
+    assert len(names) == 14
+    for name in names:
+        layer = model.get_submodule(name)
+        rest = layer.base_layer.weight.float()
+        found = rest + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        wanted = make_model().bfloat16().get_parameter(f"{name}.weight").float()
+        assert ((found - wanted).abs() <= 2**-8 * rest.abs() + 1e-6).all(), name
+
+
 def test_the_same_seed_starts_the_same_adapters_and_the_global_random_state_stays() -> None:
     torch.manual_seed(3)
     wanted = torch.rand(2)
@@ -251,6 +264,19 @@ def test_the_export_loads_without_peft_and_its_adapter_with_peft(
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "export" / "adapter")
     torch.testing.assert_close(logits(adapted.base_model.model), wanted, rtol=1e-4, atol=1e-4)
     assert adapted.peft_config["default"].base_model_name_or_path == str(tmp_path / "base")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")  # of peft, to transformers
+def test_maps_that_are_stored_the_other_way_round(objective: PolicyObjective, tmp_path: Path) -> None:
+    """GPT-2's are [in, out]."""
+    shape = {"n_layer": 2, "n_head": 4, "n_embd": 64, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    trainer = make_trainer(model=make_model("gpt2", **shape), rank=3)
+    learn(trainer, objective)
+    wanted = logits(merged_by_peft(trainer))
+    trainer.export(None, tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), wanted, rtol=1e-4, atol=1e-4)
+    adapted = peft.PeftModel.from_pretrained(make_model("gpt2", **shape), tmp_path / "adapter")
+    torch.testing.assert_close(logits(adapted.base_model.model), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_weights_on_a_disk_are_the_merged_ones(objective: PolicyObjective, tmp_path: Path) -> None:

@@ -1,0 +1,57 @@
+"""Keys of adapters: what has no effect is said, what can't work is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from skyrl_train.config import ConfigError, load_config
+
+POLICY, CRITIC = "trainer.policy.model.lora", "trainer.critic.model.lora"
+ON = f"{POLICY}.rank=8"
+
+
+def refused(*argv: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(list(argv))
+    return str(caught.value)
+
+
+def warned(*argv: str) -> str:
+    return "\n".join(load_config(list(argv)).warnings)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["alpha=32", "dropout=0.1", "target_modules=[q_proj]", "exclude_modules=[q_proj]", "init_method=pissa"],
+)
+def test_a_key_of_adapters_that_nobody_asked_for_has_no_effect_and_says_so(setting: str) -> None:
+    assert f"{POLICY}.rank=0 trains all weights" in warned(f"{POLICY}.{setting}")
+    assert "trains all weights" not in warned(f"{POLICY}.{setting}", ON)
+    gae = "trainer.algorithm.advantage_estimator=gae"
+    assert f"{CRITIC}.rank=0 trains all weights" in warned(f"{CRITIC}.{setting}", ON, gae)
+
+
+def test_orthogonal_adapters_have_an_even_rank() -> None:
+    assert "needs an even rank" in refused(f"{POLICY}.rank=3", f"{POLICY}.init_method=orthogonal")
+    load_config([f"{POLICY}.rank=4", f"{POLICY}.init_method=orthogonal"])
+    load_config([f"{POLICY}.rank=3"])
+
+
+def test_no_target_is_refused() -> None:
+    assert f"{POLICY}.target_modules is empty" in refused(ON, f"{POLICY}.target_modules=[]")
+
+
+def test_dropout_where_ratios_see_it_says_so() -> None:
+    dropout, whole = f"{POLICY}.dropout=0.1", "trainer.policy_mini_batch_size=32"
+    assert "see its noise" in warned(ON, dropout), "the built-in model has two updates a batch"
+    one_update = ("trainer.train_batch_size=32", whole)
+    assert "see its noise" not in warned(ON, dropout, *one_update)
+    assert "see its noise" in warned(ON, dropout, *one_update, "trainer.update_epochs_per_batch=2")
+    assert "see its noise" in warned(ON, dropout, *one_update, "trainer.algorithm.use_tis=true")
+    assert "see its noise" not in warned(ON, *one_update, "trainer.algorithm.use_tis=true")
+
+
+def test_dropout_with_a_bound_on_engine_and_trainer_is_refused() -> None:
+    bound = "trainer.algorithm.off_policy.max_logprob_diff=0.1"
+    assert "have dropout's noise" in refused(ON, f"{POLICY}.dropout=0.1", bound)
+    load_config([ON, bound])
