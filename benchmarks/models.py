@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 PAD_ID = 0
@@ -154,6 +154,35 @@ def build_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>", padding_side="left"
     )
+
+
+BYTE_CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}\\n{% endfor %}"
+
+
+def build_byte_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """Text is read byte by byte, one token each; token i >= 259 is the word `w<i>`, which only a model writes.
+
+    Vocabulary and merges are of Qwen2's kind, so a folder of a Qwen2 model gives this tokenizer back.
+    """
+    words = [*_byte_alphabet(), "<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    words += [f"w{i}" for i in range(len(words), vocab_size)]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        chat_template=BYTE_CHAT_TEMPLATE,
+    )
+
+
+def _byte_alphabet() -> list[str]:
+    """The printable character that byte-level tokenizers use for each byte."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
 
 
 def to_text(token_ids: tuple[int, ...]) -> str:

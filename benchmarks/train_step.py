@@ -147,16 +147,16 @@ def packed_update(
     return update
 
 
-def padded_update(model: PreTrainedModel, samples: Sequence[TrainingSample], max_rows: int) -> Update:
-    """Every sample in a row of the longest one's length."""
+def padded_update(
+    model: PreTrainedModel, samples: Sequence[TrainingSample], max_rows: int, *, by_length: bool = False
+) -> Update:
+    """Every sample in a row of the longest one's length; `by_length`: sorted, in a row of its micro-batch's longest."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     num_loss_tokens = sum(int(sample.loss_mask.sum()) for sample in samples)
-    length = max(len(sample.token_ids) for sample in samples)
-    per_batch = max(1, max_rows // length)
+    parts = padded_parts(samples, max_rows, by_length=by_length)
 
     def update() -> float:
-        for start in range(0, len(samples), per_batch):
-            part = samples[start : start + per_batch]
+        for part, length in parts:
             token_ids = torch.full((len(part), length), PAD_ID)
             mask, loss_mask = torch.zeros(len(part), length, dtype=torch.int64), torch.zeros(len(part), length)
             advantages = torch.zeros(len(part), length)
@@ -179,6 +179,25 @@ def padded_update(model: PreTrainedModel, samples: Sequence[TrainingSample], max
         return float(norm)
 
     return update
+
+
+def padded_parts(
+    samples: Sequence[TrainingSample], max_rows: int, *, by_length: bool
+) -> list[tuple[list[TrainingSample], int]]:
+    """Micro-batches of at most `max_rows` rows, padding included (of one sample if that is longer), and their length.
+
+    Lengths 2 5 2 5 by 10 rows: [2 5] [2 5], both of length 5; by length: [2 2] of length 2 and [5 5] of length 5.
+    """
+    longest = max(len(sample.token_ids) for sample in samples)
+    ordered = sorted(samples, key=lambda sample: len(sample.token_ids)) if by_length else list(samples)
+    parts: list[list[TrainingSample]] = []
+    for sample in ordered:
+        length = len(sample.token_ids) if by_length else longest
+        if parts and (len(parts[-1]) + 1) * length <= max_rows:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+    return [(part, max(len(s.token_ids) for s in part) if by_length else longest) for part in parts]
 
 
 def write(

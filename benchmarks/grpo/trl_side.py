@@ -80,8 +80,7 @@ class TrlSide:
         work = self._work
         num_rows = work.num_prompts * work.num_samples
         config = GRPOConfig(
-            output_dir=tempfile.gettempdir(),
-            use_cpu=self._device == "cpu",
+            **common_settings(self._device),
             max_steps=len(prompts),
             num_generations=work.num_samples,
             per_device_train_batch_size=self._micro_batch,
@@ -90,26 +89,11 @@ class TrlSide:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            beta=0.0,
-            epsilon=EPS_CLIP,
-            loss_type="dapo",
             scale_rewards="group",
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            weight_decay=0.0,
-            max_grad_norm=MAX_GRAD_NORM,
-            shuffle_dataset=False,
-            gradient_checkpointing=False,
-            bf16=False,
             cache_implementation="static" if self._generation == "static" else None,
             use_transformers_continuous_batching=self._generation == "continuous",
             transformers_continuous_batching_config=self._continuous() if self._generation == "continuous" else None,
-            logging_steps=1,
             logging_strategy="no" if fixed is None else "steps",
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
             seed=work.seed,
         )
         rows = [{"prompt": to_text(prompt)} for step in prompts for prompt in step]
@@ -187,6 +171,29 @@ class _TimedTrainer(GRPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         with self._clock.phase("all but optimizer"):
             return super().training_step(*args, **kwargs)
+
+
+def common_settings(device: str) -> dict[str, Any]:
+    """The loss and the optimizer, and nothing beside them."""
+    return {
+        "output_dir": tempfile.gettempdir(),
+        "use_cpu": device == "cpu",
+        "beta": 0.0,
+        "epsilon": EPS_CLIP,
+        "loss_type": "dapo",
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": MAX_GRAD_NORM,
+        "shuffle_dataset": False,
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
 
 
 class _StepEnds(TrainerCallback):
