@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import torch
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
 
+import torch
+from transformers import PreTrainedModel
+
+from skyrl_train.data.pack import pack
+from skyrl_train.training.optimizer import OptimizerSettings
+from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import TrainingSample, TrajectoryId
 
 
@@ -38,3 +46,14 @@ def make_samples(
                 )
             )
     return samples
+
+
+def as_sampled_by(model: PreTrainedModel, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
+    """The samples with the log-probabilities that an engine over this module would have given."""
+    policy = PolicyTrainer(copy.deepcopy(model).requires_grad_(True), OptimizerSettings(lr=1e-3))
+    result = []
+    for sample in samples:
+        logprobs = policy.forward(pack([sample], micro_batch_size=1))[0]
+        rollout_logprobs = torch.zeros(len(sample.token_ids)).masked_scatter_(sample.loss_mask, logprobs.float().cpu())
+        result.append(replace(sample, rollout_logprobs=rollout_logprobs))
+    return result

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
 
 from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.data.pack import pack
@@ -31,7 +30,7 @@ from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
 from skyrl_train.types import SamplingParams, TrainBatch, TrainingSample
 from tests.tiny import make_model, make_tokenizer
-from tests.training.batches import make_samples
+from tests.training.batches import as_sampled_by, make_samples
 from tests.training.test_engine_agreement import sample_groups
 
 BOUND = 0.01
@@ -40,17 +39,6 @@ BOUND = 0.01
 @pytest.fixture
 def trainer() -> PolicyTrainer:
     return PolicyTrainer(make_model("qwen3"), OptimizerSettings(lr=1e-3), version=3)
-
-
-def as_sampled_by(model: PreTrainedModel, samples: Sequence[TrainingSample]) -> list[TrainingSample]:
-    """The samples with the log-probabilities that an engine over this module would have given."""
-    policy = PolicyTrainer(copy.deepcopy(model).requires_grad_(True), OptimizerSettings(lr=1e-3))
-    result = []
-    for sample in samples:
-        logprobs = policy.forward(pack([sample], micro_batch_size=1))[0]
-        rollout_logprobs = torch.zeros(len(sample.token_ids)).masked_scatter_(sample.loss_mask, logprobs)
-        result.append(replace(sample, rollout_logprobs=rollout_logprobs))
-    return result
 
 
 def view(module: torch.nn.Module | None, **replaced: Any) -> EngineView:
