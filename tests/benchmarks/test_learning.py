@@ -141,7 +141,7 @@ def test_samples_per_second_leave_evaluations_out() -> None:
     mode = Mode.parse("sync", None)
     mode.outcomes.append(Outcome(rows=rows, wall_s=1.0))
     assert async_vs_sync.rate_of(mode, range(2, 4), 8) == 8 * 2 / (2.0 + 2.0)
-    assert mean_around([(1, 1.0), (2, 2.0), (5, 9.0)], 3) == (2.0 + 9.0) / 2
+    assert mean_around([(0, 50.0), (1, 1.0), (2, 2.0), (5, 9.0), (6, 50.0)], 3) == (1.0 + 2.0 + 9.0) / 3
 
 
 def test_one_token_in_m_ends_an_answer_and_both_halves_end_as_many() -> None:
@@ -159,24 +159,8 @@ def test_low_words_are_rewarded_by_their_fraction() -> None:
 @pytest.mark.filterwarnings("default")
 def test_both_loops_run_on_the_ragged_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "tiny", SMALL)
-    sizes = [
-        "--prompts",
-        "2",
-        "--samples",
-        "2",
-        "--prompt-chars",
-        "4",
-        "--mean",
-        "10",
-        "--longest",
-        "12",
-        "--steps",
-        "3",
-        "--warmup",
-        "1",
-        "--threads",
-        "1",
-    ]
+    sizes = ["--prompts=2", "--samples=2", "--prompt-chars=4", "--mean=10", "--longest=12", "--steps=3"]
+    sizes += ["--warmup=1", "--threads=1"]
     out = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
     results = async_vs_sync.main(["--tasks", "ragged", "--modes", "sync,1", *sizes, *out])
     assert [(mode.name, mode.error) for mode in results["ragged"]] == [("sync", ""), ("staleness 1", "")]
