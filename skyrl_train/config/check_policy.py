@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from skyrl_train.algorithms.logprob_space import reshaping
 from skyrl_train.config.check_training import POLICY_LOSSES
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
+from skyrl_train.engines.logprob_space import reshaping
 
 _ALGORITHM = "trainer.algorithm"
 

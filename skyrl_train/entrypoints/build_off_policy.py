@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from skyrl_train.algorithms.logprob_space import comparable, correctable
 from skyrl_train.algorithms.off_policy import Corrections
 from skyrl_train.config.schema_algorithm import Algorithm
 from skyrl_train.engines.base import EngineInfo
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.engines.logprob_space import comparable, correctable
 from skyrl_train.errors import ConfigError
 from skyrl_train.training.mismatch import EngineView, MismatchWatch
 from skyrl_train.types import SamplingParams

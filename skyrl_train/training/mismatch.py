@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skyrl_train.algorithms.logprob_space import Sampling, comparable
 from skyrl_train.data.pack import MicroBatch
 from skyrl_train.engines.base import LogprobSpace
+from skyrl_train.engines.logprob_space import Sampling, comparable
 from skyrl_train.errors import LogprobMismatchError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.model import PolicyHead

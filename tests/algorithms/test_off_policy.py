@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from skyrl_train.algorithms.kl import k2
-from skyrl_train.algorithms.logprob_space import comparable, correctable
 from skyrl_train.algorithms.objective import PolicyObjective
 from skyrl_train.algorithms.off_policy import Corrections, importance_ratio
 from skyrl_train.algorithms.policy_losses import LossInputs, importance_sampling, ppo_clip
 from skyrl_train.algorithms.reductions import Denominators, token_mean
+from skyrl_train.engines.logprob_space import comparable, correctable
 from skyrl_train.types import SamplingParams
 
 
