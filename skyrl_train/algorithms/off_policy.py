@@ -84,7 +84,7 @@ class Corrections:
             # Also true for a NaN: what can't be compared is not trained on.
             masked = ~((sequence_ratio >= self.sequence_mask_low) & (sequence_ratio <= self.sequence_mask_high))
         if self.token_veto_below is not None:
-            masked = masked | (sum_per_sample((ratio < self.token_veto_below).to(ratio.dtype), sample_index) > 0)
+            masked = masked | (sum_per_sample((~(ratio >= self.token_veto_below)).to(ratio.dtype), sample_index) > 0)
         metrics["masked_token_frac"] = masked[sample_index].float()
         return TokenWeights(
             values=torch.where(masked[sample_index], 0.0, weights), masked_samples=masked, token_metrics=metrics

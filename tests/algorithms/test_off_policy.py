@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from skyrl_train.algorithms.kl import k2
@@ -35,6 +35,7 @@ def slow_weights(ratios: list[list[float]], c: Corrections) -> list[float]:
     return weights
 
 
+LOW, HIGH = 0.4321, 1.987
 samples = st.lists(st.lists(st.floats(0.05, 8.0), min_size=1, max_size=5), min_size=1, max_size=5)
 
 
@@ -47,8 +48,13 @@ samples = st.lists(st.lists(st.floats(0.05, 8.0), min_size=1, max_size=5), min_s
 )
 def test_weights_equal_their_scalar_reference(ratios: list[list[float]], cap: Any, mask: Any, veto: Any) -> None:
     corrections = Corrections(
-        tis_cap=cap, sequence_mask=mask, sequence_mask_low=0.4321, sequence_mask_high=1.987, token_veto_below=veto
+        tis_cap=cap, sequence_mask=mask, sequence_mask_low=LOW, sequence_mask_high=HIGH, token_veto_below=veto
     )
+    over = [math.prod(s) ** (1 / len(s) if mask == "geometric" else 1) for s in ratios]
+    near = [ratio - veto for s in ratios for ratio in s if veto is not None] + [
+        r - b for r in over for b in (LOW, HIGH)
+    ]
+    assume(all(abs(distance) > 1e-9 for distance in near))  # at a bound, rounding decides
     flat = torch.tensor([math.log(ratio) for sample in ratios for ratio in sample], dtype=torch.float64)
     index = torch.tensor([i for i, sample in enumerate(ratios) for _ in sample])
     found = corrections(flat - 1, torch.full_like(flat, -1.0), index)
@@ -118,8 +124,9 @@ def test_metrics_count_what_was_corrected() -> None:
 
 def test_what_cannot_be_compared_is_masked() -> None:
     rollout = torch.tensor([math.nan, -1.0])
-    found = Corrections(sequence_mask="geometric")(torch.tensor([-1.0, -1.0]), rollout, torch.tensor([0, 1]))
-    assert found.masked_samples is not None and found.masked_samples.tolist() == [True, False]
+    for corrections in (Corrections(sequence_mask="geometric"), Corrections(token_veto_below=0.1)):
+        found = corrections(torch.tensor([-1.0, -1.0]), rollout, torch.tensor([0, 1]))
+        assert found.masked_samples is not None and found.masked_samples.tolist() == [True, False]
 
 
 def test_a_wild_ratio_stays_finite() -> None:
