@@ -7,6 +7,8 @@
         EngineUnavailable    the engine is gone or closed; a retry on another engine is safe
         WeightUpdateError    nothing was served from half-loaded weights; the engine stays paused
       EnvironmentFailure     a reward or an environment raised: one trajectory fails
+        EnvironmentTimeout   a call of it is over its deadline: one trajectory fails
+        EnvironmentsStuck    no worker is left that could run an environment: the run ends
       CheckpointError        a checkpoint is missing, cut short or of another run
       DataError              a data row is malformed: names file and row
       SelectionError         dynamic sampling found too few groups that teach anything
@@ -48,6 +50,14 @@ class WeightUpdateError(EngineError):
 
 class EnvironmentFailure(SkyRLError):
     """An environment or reward raised. The trajectory is failed, logged and counted."""
+
+
+class EnvironmentTimeout(EnvironmentFailure):
+    """A call of one environment is over its deadline. The trajectory is failed, the thread is still in it."""
+
+
+class EnvironmentsStuck(EnvironmentFailure):
+    """Every worker is in a call that is over its deadline. No trajectory can go on."""
 
 
 class CheckpointError(SkyRLError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
+from skyrl_train.config.check_environment import ENVIRONMENT_RULES, TASKS, generated_prompts
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
 from skyrl_train.config.keys import schema_keys
 from skyrl_train.config.placement import needs_critic, needs_reference
@@ -256,13 +257,17 @@ def asynchronous(checked: Checked) -> Iterator[Finding]:
 
 def data(checked: Checked) -> Iterator[Finding]:
     config = checked.config
-    generated = config.environment.env_class == "arithmetic" and not config.data.train_data
-    if generated and config.environment.arithmetic.num_train_prompts < config.trainer.train_batch_size:
+    task, num_train_prompts = config.environment.env_class, generated_prompts(config)
+    if num_train_prompts is not None and num_train_prompts < config.trainer.train_batch_size:
         yield error(
-            f"environment.arithmetic.num_train_prompts={config.environment.arithmetic.num_train_prompts} is less than "
+            f"environment.{task}.num_train_prompts={num_train_prompts} is less than "
             f"trainer.train_batch_size={config.trainer.train_batch_size}: not one whole step"
         )
-    if config.environment.env_class == "arithmetic":
+    for name in TASKS:
+        for path in (f"environment.{name}.num_train_prompts", f"environment.{name}.num_eval_prompts"):
+            if task != name and checked.is_set(path):
+                yield warning(f"{checked.show(path)} is read with environment.env_class={name} only")
+    if task in TASKS:
         return
     if not config.data.train_data:
         yield error(
@@ -271,9 +276,6 @@ def data(checked: Checked) -> Iterator[Finding]:
         )
     if not config.data.val_data and config.trainer.eval_interval > 0:
         yield warning(f"data.val_data is empty: trainer.eval_interval={config.trainer.eval_interval} evaluates nothing")
-    for path in ("environment.arithmetic.num_train_prompts", "environment.arithmetic.num_eval_prompts"):
-        if checked.is_set(path):
-            yield warning(f"{checked.show(path)} is read with environment.env_class=arithmetic only")
 
 
 def reward(checked: Checked) -> Iterator[Finding]:
@@ -290,11 +292,10 @@ def schedule(checked: Checked) -> Iterator[Finding]:
     """Where the number of steps is known before the data is read."""
     config = checked.config
     trainer = config.trainer
-    if config.data.train_data and trainer.max_steps is None:
+    num_train_prompts = generated_prompts(config)
+    if num_train_prompts is None and trainer.max_steps is None:
         return
-    steps = trainer.max_steps or trainer.epochs * (
-        config.environment.arithmetic.num_train_prompts // trainer.train_batch_size
-    )
+    steps = trainer.max_steps or trainer.epochs * ((num_train_prompts or 0) // trainer.train_batch_size)
     mini = trainer.policy_mini_batch_size or trainer.train_batch_size
     optimizers: list[tuple[str, PolicyOptimizer, int]] = [("policy", trainer.policy.optimizer_config, mini)]
     if needs_critic(config):
@@ -326,4 +327,5 @@ TRAINING_RULES: tuple[Rule, ...] = (
     data,
     reward,
     schedule,
+    *ENVIRONMENT_RULES,
 )

@@ -153,10 +153,16 @@ class Generator(Group):
     )
     max_turns: Positive = Field(1, description="Turns of one trajectory at most: answer, observation, answer, ….")
     max_input_length: Positive = Field(
-        description="Tokens of a prompt at most, history included; longer prompts are left out and counted."
+        description="Tokens of a prompt at most, history included. Longer prompts in the data are left out and "
+        "counted; a trajectory whose history grows over it ends there."
     )
     use_conversation_multi_turn: bool = Field(
         True, description="Each turn is a chat message of its own; false appends observations to one message."
+    )
+    chat_history: Literal["exact", "template"] = Field(
+        "exact",
+        description="exact: a prompt begins with the tokens that were sampled. template: all messages are rendered "
+        "anew each turn, for a template that rewrites earlier turns; each turn is then trained on its own.",
     )
     chat_template: ChatTemplate
     chat_template_kwargs: dict[str, Any] = Field(

@@ -69,8 +69,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     Unbuilt(prefix="trainer.eval_batch_size", feature="evaluation in parts", instead="leave it out"),
     # Rollouts
-    Unbuilt(prefix="generator.max_turns", feature="multi-turn rollouts", instead="generator.max_turns=1"),
-    Unbuilt(prefix="generator.use_conversation_multi_turn", feature="multi-turn rollouts", instead="leave it out"),
     Unbuilt(
         prefix="generator.batched", feature="rollouts in batches", instead="leave it out: requests run on their own"
     ),

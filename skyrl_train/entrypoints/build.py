@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,9 +35,11 @@ from skyrl_train.entrypoints.build_async import own_weights
 from skyrl_train.entrypoints.build_off_policy import corrections, mismatch_watch, respect_logprob_space, watch_engine
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
+from skyrl_train.environments.calculator import calculator_rows
 from skyrl_train.environments.reward_function import reward_function
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.agent import Agent
+from skyrl_train.rollout.environment_pool import DEFAULT_WORKERS, EnvironmentPool
 from skyrl_train.rollout.overlong import SoftPunishment
 from skyrl_train.rollout.own_agent import own_agent
 from skyrl_train.rollout.selection import DynamicSampling, Selection
@@ -60,6 +62,8 @@ class Data:
     train: list[PromptRow]
     held_out: list[PromptRow]
     environments: dict[str, EnvironmentFactory]
+    pool: EnvironmentPool | None
+    """Where environments run that may block; None: on the event loop."""
 
 
 def load_tokenizer(model_folder: Path) -> Any:
@@ -84,7 +88,26 @@ def load_data(config: Config, tokenizer: Any) -> Data:
     names = sorted({row.environment for row in (*train, *held_out)})
     reward = config.environment.reward
     scorer = None if reward is None else reward_function(reward, target_key=config.data.target_key)
-    return Data(train=train, held_out=held_out, environments={name: scorer or find_environment(name) for name in names})
+    settings = config.environment.env_config
+    for name in settings.keys() - set(names):
+        logger.warning("environment.env_config.%s is read by nobody: no row has environment %s", name, name)
+    environments = {name: scorer or find_environment(name, settings.get(name)) for name in names}
+    return Data(train=train, held_out=held_out, environments=environments, pool=_pool(config, environments))
+
+
+def _pool(config: Config, environments: Mapping[str, EnvironmentFactory]) -> EnvironmentPool | None:
+    keys = config.environment
+    threaded = [name for name, factory in environments.items() if not getattr(factory, "runs_inline", False)]
+    if not threaded or keys.num_workers == 0:
+        return None
+    if config.trainer.fully_async.enabled and config.trainer.fully_async.deterministic:
+        logger.warning(
+            "trainer.fully_async.deterministic: environment %s runs in threads, whose order is the clock's; for runs "
+            "that are equal to the bit set environment.num_workers=0, or runs_inline = True on a class that only "
+            "computes",
+            ", ".join(threaded),
+        )
+    return EnvironmentPool(num_workers=keys.num_workers or DEFAULT_WORKERS, step_timeout_s=keys.step_timeout_s)
 
 
 def _rows(config: Config, files: Sequence[str], split: Split) -> list[PromptRow]:
@@ -101,6 +124,9 @@ def _rows(config: Config, files: Sequence[str], split: Split) -> list[PromptRow]
         sizes = environment.arithmetic
         count = sizes.num_train_prompts if split == "train" else sizes.num_eval_prompts
         return arithmetic_rows(split, count)
+    if environment.env_class == "calculator":
+        products = environment.calculator
+        return calculator_rows(split, products.num_train_prompts if split == "train" else products.num_eval_prompts)
     if split == "train":
         raise ConfigError(
             f"environment.env_class={environment.env_class} has no data of its own: set data.train_data to your files"
@@ -341,9 +367,17 @@ def build_agent(config: Config, generate: GenerateFn, tokenizer: Any, data: Data
         "environments": data.environments,
         "environment_config": config.environment,
         "chat_template_kwargs": config.generator.chat_template_kwargs,
+        "max_turns": config.generator.max_turns,
+        "max_input_length": config.generator.max_input_length,
+        "use_conversation_multi_turn": config.generator.use_conversation_multi_turn,
+        "chat_history": config.generator.chat_history,
+        "pool": data.pool,
     }
     if config.generator.agent is None:
-        return Agent(**arguments)
+        agent = Agent(**arguments)
+        if agent.max_turns > 1:
+            agent.chat.check()
+        return agent
     return own_agent(config.generator.agent, arguments)
 
 

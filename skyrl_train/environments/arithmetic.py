@@ -29,6 +29,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 class ArithmeticEnv(BaseTextEnv):  # type: ignore[misc]
     """Reward 1 when the last number of the answer is `reward_spec.ground_truth`, else 0; one turn."""
 
+    runs_inline = True
+
     def __init__(self, env_config: Any = None, extras: dict[str, Any] | None = None) -> None:
         super().__init__()
         self.ground_truth = Decimal((extras or {})["reward_spec"]["ground_truth"])

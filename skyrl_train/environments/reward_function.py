@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from skyrl_train.environments.base import StepOutput
 from skyrl_train.errors import ConfigError
@@ -34,6 +34,7 @@ class RewardFunction:
     path: str
     function: Callable[..., Any]
     target_key: str
+    starts_inline: ClassVar[bool] = True
 
     def __call__(self, *, env_config: Any, extras: dict[str, Any]) -> _ScoredOnce:
         return _ScoredOnce(self, extras)

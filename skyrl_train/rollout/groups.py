@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from skyrl_train.errors import EnvironmentFailure
@@ -41,6 +42,7 @@ class Rollouts:
         cached = [turn.completion.num_cached_tokens for t in trajectories for turn in t.turns]
         count = len(trajectories)
         mean = sum(rewards) / count
+        turns = [len(trajectory.turns) for trajectory in trajectories]
         informative = sum(len(set(group.rewards)) > 1 for group in self.groups)
         return {
             "reward/mean": mean,
@@ -53,10 +55,31 @@ class Rollouts:
             "rollout/num_tokens": sum(lengths),
             "rollout/response_len_mean": sum(lengths) / count,
             "rollout/response_len_max": max(lengths),
-            "rollout/prompt_len_mean": sum(prompt_lengths) / count,
+            "rollout/prompt_len_mean": sum(prompt_lengths) / sum(turns),
+            "rollout/turns_mean": sum(turns) / count,
+            "rollout/turns_max": max(turns),
+            "rollout/observation_len_mean": sum(map(_num_observed, trajectories)) / count,
             "rollout/truncated_frac": sum(t.status == "truncated" for t in trajectories) / count,
             "rollout/prompt_cached_frac": sum(cached) / max(sum(prompt_lengths), 1),
+            **_environment_metrics(trajectories),
         }
+
+
+def _num_observed(trajectory: Trajectory) -> int:
+    """Tokens that the environment and the template put between the turns."""
+    return sum(
+        max(len(after.prompt_token_ids) - len(before.prompt_token_ids) - len(before.completion.token_ids), 0)
+        for before, after in pairwise(trajectory.turns)
+    )
+
+
+def _environment_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """`environment/<name>`: the mean over those trajectories whose environment measured it."""
+    found: dict[str, list[float]] = {}
+    for trajectory in trajectories:
+        for name, value in trajectory.metrics.items():
+            found.setdefault(name, []).append(value)
+    return {f"environment/{name}": sum(values) / len(values) for name, values in sorted(found.items())}
 
 
 async def run_groups(

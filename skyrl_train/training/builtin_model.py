@@ -1,7 +1,8 @@
-"""The model `builtin:arithmetic`: made on this machine, so the first run needs no download.
+"""The models `builtin:arithmetic` and `builtin:calculator`: made on this machine, so a first run needs no download.
 
-A Qwen2 of 0.4 million weights with Qwen2's own kind of tokenizer (bytes, a few words, ChatML). It is made from a seed,
-taught the form of an answer by a short supervised warm start (see warm_start), and kept in the cache.
+Each is a Qwen2 of 0.4 million weights with Qwen2's own kind of tokenizer (bytes, a few words, ChatML). It is made from
+a seed, taught the form of an answer, or of a call of the tool, by a short supervised warm start (see warm_start), and
+kept in the cache.
 """
 
 from __future__ import annotations
@@ -20,17 +21,26 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
-from skyrl_train.environments import arithmetic
+from skyrl_train.data import conversations
+from skyrl_train.environments import arithmetic, calculator
 from skyrl_train.errors import ConfigError
+from skyrl_train.rollout import samples
 from skyrl_train.training import warm_start
 from skyrl_train.training.model import export_hf
 
 PREFIX = "builtin:"
-NAMES = ("builtin:arithmetic",)
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 WORDS = ("What", "Ġis", "Ġ+", "system", "user", "assistant")
 """One token each (Ġ is a space in byte-level vocabularies); other text is spelled in bytes: anything can be asked."""
+CALL_WORDS = (*WORDS, "Ġ*", "<calc", "</", "calc")
+
+MODELS: dict[str, tuple[tuple[str, ...], warm_start.Lesson, tuple[ModuleType, ...]]] = {
+    "builtin:arithmetic": (WORDS, warm_start.ARITHMETIC, (arithmetic,)),
+    "builtin:calculator": (CALL_WORDS, warm_start.CALCULATOR, (arithmetic, calculator, conversations, samples)),
+}
+"""Name -> its words, what it is taught, and the modules that this depends on."""
+NAMES = tuple(MODELS)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -62,11 +72,12 @@ def prepare_builtin(path: str, *, seed: int, on_progress: warm_start.OnProgress)
     """
     if path not in NAMES:
         raise ConfigError(f"no built-in model {path!r}; there is {', '.join(NAMES)}")
-    folder = cache_root() / f"{path.removeprefix(PREFIX)}-{_fingerprint(seed)}"
+    words, lesson, sources = MODELS[path]
+    folder = cache_root() / f"{path.removeprefix(PREFIX)}-{_fingerprint(seed, sources)}"
     if not folder.exists():
-        tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer(words)
         model = make_model(tokenizer, seed=seed)
-        warm_start.teach_form(model, tokenizer, seed=seed, on_progress=on_progress)
+        warm_start.teach_form(model, tokenizer, lesson, seed=seed, on_progress=on_progress)
         # Written beside and renamed: an interrupted warm start leaves nothing that looks like a model.
         beside = folder.with_name(f"{folder.name}.{os.getpid()}")
         export_hf(model, tokenizer, beside)
@@ -101,13 +112,13 @@ def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCaus
 
 
 @functools.cache
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(words: tuple[str, ...] = WORDS) -> PreTrainedTokenizerFast:
     """ "What is 23 + 48?" is `What|Ġis|Ġ|2|3|Ġ+|Ġ|4|8|?`.
 
     For a Qwen2 folder AutoTokenizer rebuilds Qwen2's tokenizer from vocabulary and merges, whatever tokenizer.json
     says: one of another kind would train well and come back from disk as something else.
     """
-    merges = list(dict.fromkeys((word[:i], word[i]) for word in WORDS for i in range(1, len(word))))
+    merges = list(dict.fromkeys((word[:i], word[i]) for word in words for i in range(1, len(word))))
     tokens = [PAD, START, END, *sorted(ByteLevel.alphabet()), *(left + right for left, right in merges)]
     tokenizer: PreTrainedTokenizerFast = Qwen2Tokenizer(
         vocab={token: i for i, token in enumerate(tokens)},
@@ -121,9 +132,9 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _fingerprint(seed: int) -> str:
+def _fingerprint(seed: int, modules: tuple[ModuleType, ...]) -> str:
     """Changes with everything that the weights depend on: this code, the libraries, the seed."""
     here: ModuleType = inspect.getmodule(_fingerprint)  # type: ignore[assignment]
-    sources = "".join(inspect.getsource(module) for module in (here, warm_start, arithmetic))
+    sources = "".join(inspect.getsource(module) for module in (here, warm_start, *modules))
     versions = f"{torch.__version__} {transformers.__version__} {torch.get_num_threads()}"
     return hashlib.sha256(f"{seed} {versions} {sources}".encode()).hexdigest()[:16]

@@ -15,7 +15,6 @@ from skyrl_train.config.unbuilt import UNBUILT
         "trainer.placement.critic_num_nodes=2",
         "trainer.fsdp_config.cpu_offload=true",
         "trainer.placement.policy_num_gpus_per_node=8",
-        "generator.max_turns=3",
         "generator.enable_http_endpoint=true",
         "generator.sessions.enabled=true",
         "generator.speculative_decoding.enabled=true",
@@ -26,7 +25,7 @@ from skyrl_train.config.unbuilt import UNBUILT
         "generator.hierarchical_cache.enabled=true",
         "generator.num_inference_engines=2",
         "generator.engine_python=python",
-        "env.max_turns=2",
+        "generator.batched=true",
     ],
 )
 def test_a_feature_that_is_not_built_is_refused_by_name(override: str) -> None:
@@ -53,4 +52,4 @@ def test_each_line_of_the_table_is_about_a_key_or_group_of_the_schema() -> None:
 
 def test_all_of_them_are_listed_at_once() -> None:
     with pytest.raises(ConfigError, match="2 settings are not built yet"):
-        load_config(["generator.max_turns=3", "trainer.sequence_parallel_size=2"])
+        load_config(["generator.batched=true", "trainer.sequence_parallel_size=2"])
