@@ -15,8 +15,10 @@ any more; the seconds of evaluations and checkpoints are taken off for everybody
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +37,8 @@ TASKS = ("ragged", "arithmetic")
 MODES = ("sync", "0", "1", "4")
 ASIDE = ("timing/evaluate_s", "timing/checkpoint_s", "timing/export_s")
 """Not generation, not training: left out of a step's seconds."""
+MIN_RUN_S = 10.0
+"""With less time left no run is started."""
 COLUMNS = ("mode", "threads", "samples/s", "over sync", "seconds a step", "rollout s", "train s", "landing s")
 LEARNED = ("behind, mean (max)", "reward, first", "reward, last", "held-out accuracy", "wall s", "others")
 
@@ -83,6 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arithmetic-steps", type=int, default=60)
     parser.add_argument("--warmup", type=int, default=3, help="steps that are not counted")
     parser.add_argument("--timeout-s", type=float, default=600.0, help="of one run")
+    parser.add_argument("--budget-s", type=float, default=math.inf, help="of all; what doesn't fit any more is not run")
     parser.add_argument("--seed", type=int, default=42)
     ragged = parser.add_argument_group("ragged")
     ragged.add_argument("--shape", choices=SHAPES, default="tiny")
@@ -109,16 +114,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> dict[str, list[Mode]]:
     args = parse_args(argv)
+    end = time.perf_counter() + args.budget_s
     results = {}
     for task in args.tasks:
         name = f"async-vs-sync-{task}{f'-{args.shape}' if task == 'ragged' else ''}-{machine.slug(args.device)}"
         report = Report(f"Asynchronous and synchronous training: {task}", name, args.out)
         overrides, num_samples, num_steps = work_of(task, args)
-        report.log(" ".join(overrides)[:2000])
+        report.log(" ".join(overrides).replace(f"{ROOT}/", "")[:2000])
         modes = [Mode.parse(text, threads) for threads in args.threads for text in args.modes]
         for i in range(args.rounds):
             for mode in modes:
-                run_mode(mode, task, overrides, i, args, report)
+                run_mode(mode, task, overrides, i, args, report, end=end)
         write(report, task, modes, args, num_samples, num_steps)
         results[task] = modes
     return results
@@ -135,6 +141,7 @@ def work_of(task: str, args: argparse.Namespace) -> tuple[list[str], int, int]:
         SHAPES[args.shape],
         num_prompts=args.prompts * args.steps,
         prompt_chars=args.prompt_chars,
+        device=args.device,
         dtype=getattr(torch, args.dtype),
         seed=args.seed,
     )
@@ -162,14 +169,28 @@ def work_of(task: str, args: argparse.Namespace) -> tuple[list[str], int, int]:
 
 
 def run_mode(
-    mode: Mode, task: str, overrides: Sequence[str], round_: int, args: argparse.Namespace, report: Report
+    mode: Mode,
+    task: str,
+    overrides: Sequence[str],
+    round_: int,
+    args: argparse.Namespace,
+    report: Report,
+    *,
+    end: float,
 ) -> None:
+    """One run; what fails, or isn't done at `end` by the performance counter, is a row that says so."""
+    left = end - time.perf_counter()
     if mode.error:
+        return
+    if left < MIN_RUN_S:
+        mode.error = "" if mode.outcomes else "not run: the time was over"
         return
     folder = args.runs / f"{task}-{mode.name.replace(' ', '-').replace(',', '')}-{mode.threads or 'all'}"
     meter = machine.LoadMeter()
     try:
-        outcome = run_job([*overrides, *mode.settings], folder, threads=mode.threads, timeout_s=args.timeout_s)
+        outcome = run_job(
+            [*overrides, *mode.settings], folder, threads=mode.threads, timeout_s=min(args.timeout_s, left)
+        )
     except JobFailed as exc:
         mode.error = str(exc).strip().splitlines()[-1][:200]
         report.log(f"{mode.name} is out: {exc}")

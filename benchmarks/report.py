@@ -29,6 +29,9 @@ class Report:
         self._page += [paragraph, ""]
 
     def table(self, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        for row in rows:
+            if len(row) != len(head):
+                raise ValueError(f"the table has {len(head)} columns, found a row of {len(row)}: {list(row)}")
         self._page += ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
         self._page += ["| " + " | ".join(row) + " |" for row in rows]
         self._page.append("")
@@ -51,9 +54,19 @@ class Report:
         return page
 
 
+ABOUT_THIS_MACHINE = ("--out", "--runs", "--budget-s")
+"""Options of where things go and how long it may take: no part of what was measured."""
+
+
 def command_line() -> str:
     module = Path(sys.argv[0]).stem
-    return " ".join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
+    argv = sys.argv[1:]
+    kept = [
+        word
+        for before, word in zip(["", *argv], argv, strict=False)
+        if not word.startswith(ABOUT_THIS_MACHINE) and before not in ABOUT_THIS_MACHINE
+    ]
+    return " ".join(["python", "-m", f"benchmarks.{module}", *kept])
 
 
 def rate(tokens: int, seconds: float) -> str:

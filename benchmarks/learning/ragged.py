@@ -41,13 +41,20 @@ class LowWords:
 
 
 def write_work(
-    folder: Path, shape: ModelShape, *, num_prompts: int, prompt_chars: int, dtype: torch.dtype, seed: int
+    folder: Path,
+    shape: ModelShape,
+    *,
+    num_prompts: int,
+    prompt_chars: int,
+    device: str,
+    dtype: torch.dtype,
+    seed: int,
 ) -> tuple[Path, Path]:
-    """A model's folder and a file of prompts, made once; both are the same for equal arguments."""
+    """A model's folder, made once on `device`, and a file of prompts."""
     name = f"{shape.name}-{str(dtype).removeprefix('torch.')}-{seed}"
     model_folder = folder / name
     if not (model_folder / "config.json").is_file():
-        model = build_model(shape, attn_implementation="sdpa", device="cpu", dtype=dtype, seed=seed)
+        model = build_model(shape, attn_implementation="sdpa", device=device, dtype=dtype, seed=seed)
         build_byte_tokenizer(shape.vocab_size).save_pretrained(model_folder)
         model.save_pretrained(model_folder)
     rng = random.Random(seed)

@@ -21,6 +21,7 @@ from benchmarks.learning.job import Outcome, mean_around
 from benchmarks.learning.ragged import LowWords, stop_ids
 from benchmarks.learning.rows import CurveRow, curve_rows
 from benchmarks.models import SHAPES, ModelShape, build_byte_tokenizer, build_model
+from benchmarks.report import command_line
 from skyrl_train.algorithms.advantages import ADVANTAGE_ESTIMATORS
 from skyrl_train.algorithms.policy_losses import POLICY_LOSSES
 from skyrl_train.config.check_training import ESTIMATORS
@@ -174,3 +175,9 @@ def test_the_byte_tokenizer_survives_a_qwen2_folder(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     assert tokenizer("ab c").input_ids == [ord("a"), ord("b"), ord(" "), ord("c")]
     assert tokenizer.decode([261, 299]) == "w261w299"
+
+
+def test_a_page_names_its_command_without_the_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    argv = ["/a/benchmarks/curves.py", "--steps", "4", "--out", "/tmp/x", "--runs=/tmp/y", "--seeds", "1"]
+    monkeypatch.setattr("sys.argv", argv)
+    assert command_line() == "python -m benchmarks.curves --steps 4 --seeds 1"
