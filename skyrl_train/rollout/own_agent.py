@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from skyrl_train.errors import ConfigError, EngineError
+from skyrl_train.errors import ConfigError, EngineError, EnvironmentsStuck
 from skyrl_train.extension import accepted, load_object, missing
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.types import Prompt, SamplingParams, Trajectory, TrajectoryId
@@ -68,7 +68,7 @@ class _Guarded:
             if found.id != trajectory_id:
                 raise ValueError(f"{self._path} returned trajectory {found.id}; {trajectory_id} is wanted")
             return found
-        except (EngineError, asyncio.CancelledError):
+        except (EngineError, EnvironmentsStuck, asyncio.CancelledError):
             raise
         except Exception as exc:  # one trajectory is the boundary: it is logged here and counted by the caller
             at = traceback.extract_tb(exc.__traceback__)[-1]
