@@ -6,6 +6,8 @@ from typing import Any
 class DigitByDigit:
     """Every digit in its right place is worth its share of 1."""
 
+    runs_inline = True  # it only computes; without this line each call is made in a thread, with a deadline
+
     def __init__(self, *, env_config: Any, extras: dict[str, Any]) -> None:
         self.target = extras["reward_spec"]["ground_truth"]  # extras: the row's columns
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from skyrl_train.config.schema_data import JudgeEnvironment
 from skyrl_train.environments.base import StepOutput
 from skyrl_train.errors import EnvironmentFailure
 from skyrl_train.types import Message
+
+_lock = threading.Lock()
 
 MAX_SHOWN = 120
 RETRIED_STATUS = frozenset({408, 409, 429, 500, 502, 503, 504})
@@ -132,7 +135,12 @@ def _content(answer: httpx.Response, keys: JudgeEnvironment) -> str:
     return content
 
 
-@functools.cache
 def _client() -> httpx.Client:
     """One pool of connections for all threads."""
+    with _lock:  # threads that come at once would each make one
+        return _shared_client()
+
+
+@functools.cache
+def _shared_client() -> httpx.Client:
     return httpx.Client(limits=httpx.Limits(max_connections=256))

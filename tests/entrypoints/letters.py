@@ -6,6 +6,8 @@ from typing import Any
 
 
 class LetterEnv:
+    runs_inline = True
+
     def __init__(self, *, env_config: Any, extras: dict[str, Any]) -> None:
         self.raises = extras.get("raises", False)
 

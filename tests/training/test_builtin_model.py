@@ -6,10 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from skyrl_train.data.chat import render_prompt, response_text
+from skyrl_train.environments import calculator
 from skyrl_train.environments.arithmetic import pairs, question
 from skyrl_train.errors import ConfigError
 from skyrl_train.training import warm_start
-from skyrl_train.training.builtin_model import make_model, make_tokenizer, prepare_builtin
+from skyrl_train.training.builtin_model import CALL_WORDS, make_model, make_tokenizer, prepare_builtin
 
 
 @pytest.fixture
@@ -81,3 +82,35 @@ def test_the_model_is_made_once_and_an_interrupted_one_is_not_taken_for_whole(sh
 def test_an_unknown_name_says_what_there_is() -> None:
     with pytest.raises(ConfigError, match="there is builtin:arithmetic"):
         prepare_builtin("builtin:geometry", seed=0, on_progress=quiet)
+
+
+def test_the_calculators_model_is_shown_whole_demonstrations_and_never_a_held_out_problem(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = make_tokenizer(CALL_WORDS)
+    token_ids, labels = warm_start.CALCULATOR.encode(tokenizer, [(417, 18), (100, 10)])
+    learned = [row[row != warm_start.IGNORED].tolist() for row in labels]
+    assert [tokenizer.decode(ids) for ids in learned] == [
+        "<calc>417*18</calc><|im_end|>7506<|im_end|>",
+        "<calc>100*10</calc><|im_end|>1000<|im_end|>",
+    ]
+    text = tokenizer.decode(token_ids[0], skip_special_tokens=False)
+    assert "</calc><|im_end|>\n<|im_start|>user\n7506<|im_end|>\n<|im_start|>assistant\n7506<|im_end|>" in text
+    assert set(warm_start.CALCULATOR.problems()).isdisjoint(calculator.problems("eval"))
+
+    seen: list[float] = []
+    monkeypatch.setattr(warm_start, "MAX_STEPS", 20)
+    model = make_model(tokenizer, seed=1)
+    warm_start.teach_form(
+        model, tokenizer, warm_start.CALCULATOR, seed=1, on_progress=lambda step, total, m: seen.append(m["loss"])
+    )
+    assert seen[-1] < 0.7 * seen[0]
+
+
+def test_a_call_of_the_tool_is_few_tokens_and_comes_back_from_disk_as_such(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CALL_WORDS)
+    make_model(tokenizer, seed=0).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ids = loaded("<calc>417*18</calc>").input_ids
+    assert ids == tokenizer("<calc>417*18</calc>").input_ids and len(ids) == 11
