@@ -200,6 +200,9 @@ class Trainer(Group):
         None, description="Where the model is exported in Hugging Face format; null is <run_path>/export."
     )
     hf_save_interval: int = Field(-1, ge=-1, description="Steps between exports; -1 exports only the last.")
+    rollout_log_interval: Positive = Field(
+        10, description="Steps between those whose rollouts are kept in <run_path>/rollouts; the first and the last are."
+    )
     logger: Strings = Field(
         ("console", "jsonl", "tensorboard"), description="Trackers: console, jsonl, tensorboard, wandb, mlflow."
     )

@@ -238,7 +238,9 @@ def _joined(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """One after the other; None where no sample has one."""
     present = [tensor for tensor in tensors if tensor is not None]
     if present and len(present) < len(tensors):
-        raise ValueError(f"{len(present)} of {len(tensors)} samples have values, returns or versions; a batch has all or none")
+        raise ValueError(
+            f"{len(present)} of {len(tensors)} samples have values, returns or versions; a batch has all or none"
+        )
     return torch.cat(present) if present else None
 
 

@@ -81,7 +81,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
     check_extensions(config)
     torch.manual_seed(keys.seed)
     replace_file(run_dir / "config.yaml", loaded.to_yaml().encode())
-    state = RunState(keys, plain(config))
+    state = RunState(keys, plain(config), loaded_later=[ROLLOUTS] if keys.fully_async.enabled else [])
     with Progress(keys.run_name, 0, model=keys.policy.model.path, engine=config.generator.backend) as progress:
         model_folder = (
             prepare_builtin(keys.policy.model.path, seed=keys.seed, on_progress=progress.warm_start)

@@ -49,7 +49,11 @@ class RunFiles:
             total_steps=total_steps,
         )
         self._rollouts = RolloutLog(
-            run_dir / "rollouts", decode, resume_step=resume_step, total_steps=total_steps, every_steps=10
+            run_dir / "rollouts",
+            decode,
+            resume_step=resume_step,
+            total_steps=total_steps,
+            every_steps=keys.rollout_log_interval,
         )
 
     def __enter__(self) -> RunFiles:

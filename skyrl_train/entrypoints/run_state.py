@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ class RunState:
     `set_aside` where checkpoints of an earlier run went that this one was told not to go on from.
     """
 
-    def __init__(self, keys: TrainerKeys, settings: Mapping[str, Any]) -> None:
+    def __init__(self, keys: TrainerKeys, settings: Mapping[str, Any], *, loaded_later: Collection[str] = ()) -> None:
+        """`loaded_later` are parts that a checkpoint may have and that somebody else loads."""
+        self.loaded_later = set(loaded_later)
         self._keys = keys
         self._settings = json.loads(json.dumps(settings))
         self._store = CheckpointStore(
@@ -39,6 +41,7 @@ class RunState:
         found = self._find()
         if found is None:
             return 0
+        self._check_parts(found, parts)
         for name, (_, load) in parts.items():
             load(found.path / name)
         prompts.load_state_dict(found.run_state["prompts"])
@@ -51,9 +54,22 @@ class RunState:
         run_state = {"prompts": prompts, "settings": self._settings}
         self._store.save(step, {name: save for name, (save, _) in parts.items()}, run_state)
 
+    def _check_parts(self, found: Checkpoint, parts: Parts) -> None:
+        """What is saved and what would be loaded must be the same; rollouts in flight are the loop's to load."""
+        stored = {entry.name for entry in found.path.iterdir() if entry.is_dir()}
+        lacking, surplus = sorted(parts.keys() - stored), sorted(stored - parts.keys() - self.loaded_later)
+        if not lacking and not surplus:
+            return
+        keys = [f"\n  {line}" for line in _changes(found.run_state["settings"], self._settings)]
+        what = [f"has no {name}" for name in lacking] + [f"has {name}, which this run doesn't" for name in surplus]
+        raise CheckpointError(
+            f"{found.path} {' and '.join(what)}: it was made with another configuration. Set back what changed, or "
+            f"start anew with trainer.resume_mode=none; changed since:{''.join(keys)}"
+        )
+
     def _find(self) -> Checkpoint | None:
         if self._keys.resume_mode == "from_path":
-            return open_checkpoint(str(self._keys.resume_path))
+            return _open_newest(Path(str(self._keys.resume_path)))
         if self._keys.resume_mode == "latest":
             found = self._store.latest()
             if found is None and self._store.steps():
@@ -75,6 +91,17 @@ class RunState:
             number += 1
         root.rename(aside)
         self.set_aside = aside
+
+
+def _open_newest(path: Path) -> Checkpoint:
+    """A checkpoint's own folder, or the newest whole one in a run's folder of checkpoints. Raises CheckpointError."""
+    store = CheckpointStore(path)
+    if not store.steps():
+        return open_checkpoint(path)
+    found = store.latest()
+    if found is None:
+        raise CheckpointError(f"{path} holds checkpoints of steps {store.steps()}, none of them whole")
+    return found
 
 
 _FREE_TO_CHANGE = ("trainer.resume_mode", "trainer.resume_path", "trainer.logger")

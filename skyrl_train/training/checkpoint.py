@@ -2,7 +2,7 @@
 
     checkpoints/
       global_step_8/
-        policy/model.pt  policy/optimizer.pt     what each part wrote
+        policy/shard-00001-....safetensors  ...  what each part wrote
         run_state.json                           the loop's own state
         manifest.json                            size and SHA-256 of every other file; written last
       .global_step_9.writing/                    a save that was cut short; removed by the next one
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"global_step_(\d+)")
 
 WritePart = Callable[[Path], None]

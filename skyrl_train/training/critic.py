@@ -20,6 +20,7 @@ from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import hidden_size, hidden_states, refuse_dropout
+from skyrl_train.training.model_state import load_model_state, save_model_state
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.trainer import checkpoint_activations, gradient_pass
 from skyrl_train.types import TrainBatch
@@ -119,17 +120,12 @@ class CriticTrainer:
 
     def save(self, folder: str | Path) -> None:
         """Write all that `load` needs for going on to the bit."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._kept.state_dict(), folder / "model.pt")
-        torch.save(self._optimizer.state_dict(), folder / "optimizer.pt")
+        save_model_state(Path(folder), self._kept, self.network, self._optimizer, {})
 
     def load(self, folder: str | Path) -> None:
         """Into the same tensors. Raises CheckpointError for another model's checkpoint; then nothing is valid."""
-        folder = Path(folder)
         try:
-            self._kept.load_state_dict(torch.load(folder / "model.pt", map_location="cpu", weights_only=True))
-            self._optimizer.load_state_dict(torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True))
+            load_model_state(Path(folder), self._kept, self.network, self._optimizer)
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             body = type(self.network.body).__name__
             raise CheckpointError(f"{folder} doesn't fit a critic on {body}: {exc}") from exc

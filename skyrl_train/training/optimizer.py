@@ -8,7 +8,7 @@ engine that runs the same module sees the new values.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -120,32 +120,46 @@ class MasterAdamW:
     def clear_gradients(self) -> None:
         self._adam.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values; the masters only where they differ from the parameters."""
-        adam = self._adam.state_dict()
-        adam["state"] = {
-            index: {name: self._host.values(value) for name, value in state.items()}
-            for index, state in adam["state"].items()
-        }
-        return {
-            "adam": adam,
-            "masters": [self._host.values(m).detach() for _, m in self._lowered],
-            "num_steps_done": self.num_steps_done,
-        }
+    def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """`<name>.exp_avg`, `.exp_avg_sq`, `.step` of each parameter that was stepped, `.master` where it has one.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+        `names` are those of the trained parameters, in their order. By name, not by number: what is saved can be
+        sharded, and loaded into another sharding.
+        """
+        result: dict[str, torch.Tensor] = {}
+        for name, parameter, master in zip(names, self._parameters, self._masters, strict=True):
+            if master is not parameter:
+                result[f"{name}.master"] = self._host.values(master).detach()
+            for key, value in self._adam.state.get(master, {}).items():
+                result[f"{name}.{key}"] = self._host.values(value)
+        return result
+
+    def empty_tensors(self, names: Sequence[str], stored: Collection[str]) -> dict[str, torch.Tensor]:
+        """What to load `stored` ones into: the shapes of `tensors`."""
+        result: dict[str, torch.Tensor] = {}
+        for name, parameter, master in zip(names, self._parameters, self._masters, strict=True):
+            like = self._host.values(master).detach()
+            if master is not parameter:
+                result[f"{name}.master"] = torch.empty_like(like)
+            if f"{name}.exp_avg" in stored:
+                result |= {f"{name}.{key}": torch.empty_like(like) for key in ("exp_avg", "exp_avg_sq")}
+                result[f"{name}.step"] = torch.zeros(())
+        return result
+
+    def load_tensors(self, names: Sequence[str], tensors: Mapping[str, torch.Tensor], num_steps_done: int) -> None:
         """After the parameters themselves were loaded."""
-        if len(state["masters"]) != len(self._lowered):
-            raise ValueError(
-                f"the state has {len(state['masters'])} master weights, this optimizer {len(self._lowered)}: "
-                "the model was saved in another dtype"
-            )
         self._host.bring_back()
-        self._adam.load_state_dict(state["adam"])
-        for (_, master), saved in zip(self._lowered, state["masters"], strict=True):
-            master.data.copy_(saved)
+        number = {id(p): i for i, p in enumerate(p for group in self._adam.param_groups for p in group["params"])}
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, parameter, master in zip(names, self._parameters, self._masters, strict=True):
+            if master is not parameter:
+                master.data.copy_(tensors[f"{name}.master"])
+            if f"{name}.exp_avg" in tensors:
+                keys = ("exp_avg", "exp_avg_sq", "step")
+                moments[number[id(master)]] = {key: tensors[f"{name}.{key}"] for key in keys}
+        self._adam.load_state_dict({**self._adam.state_dict(), "state": moments})
         self._send_away()
-        self.num_steps_done = state["num_steps_done"]
+        self.num_steps_done = num_steps_done
 
     @property
     def num_device_bytes(self) -> int:

@@ -27,6 +27,7 @@ from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.logprobs import TokenLogprobs
 from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
+from skyrl_train.training.model_state import load_model_state, save_model_state
 from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
@@ -198,22 +199,14 @@ class PolicyTrainer:
 
     def save(self, folder: str | Path) -> None:
         """Write all that `load` needs for going on to the bit."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._kept.state_dict(), folder / "model.pt")
-        torch.save({"version": self.version, **self._optimizer.state_dict()}, folder / "optimizer.pt")
+        save_model_state(Path(folder), self._kept, self._model, self._optimizer, {"version": self.version})
 
     def load(self, folder: str | Path) -> None:
         """Into the same tensors. Raises CheckpointError for another model's checkpoint; then nothing is valid."""
-        folder = Path(folder)
         try:
-            weights = torch.load(folder / "model.pt", map_location="cpu", weights_only=True)
-            state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-            self._kept.load_state_dict(weights)
-            self._optimizer.load_state_dict(state)
+            self.version = load_model_state(Path(folder), self._kept, self._model, self._optimizer)["version"]
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
             raise CheckpointError(f"{folder} doesn't fit {type(self._model).__name__}: {exc}") from exc
-        self.version = state["version"]
         if self._adapters is not None and self._engine_model is not None:
             for name, merged in self._adapters.merged_tensors().items():
                 self._engine_model.get_parameter(name).data.copy_(merged)

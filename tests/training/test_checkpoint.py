@@ -127,8 +127,8 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     save(store, 1)
     manifest = tmp_path / "global_step_1/manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(CheckpointError, match="format 99, this version reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(CheckpointError, match="format 99, this version reads 2"):
         open_checkpoint(tmp_path / "global_step_1")
 
 

@@ -72,7 +72,11 @@ def test_a_state_keeps_what_bfloat16_cannot_show() -> None:
         step_with(first, p, 1.0)
     with torch.no_grad():
         q.copy_(p)
-    second.load_state_dict(first.state_dict())
+    saved = {name: tensor.clone() for name, tensor in first.tensors(["p"]).items()}
+    assert saved.keys() == {"p.master", "p.exp_avg", "p.exp_avg_sq", "p.step"}
+    loaded = second.empty_tensors(["p"], saved.keys())
+    assert {name: t.shape for name, t in loaded.items()} == {name: t.shape for name, t in saved.items()}
+    second.load_tensors(["p"], saved, first.num_steps_done)
     for _ in range(30):
         step_with(first, p, 1.0)
         step_with(second, q, 1.0)
