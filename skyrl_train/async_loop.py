@@ -91,12 +91,12 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
             if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
                 metrics |= await evaluate(job, step)
             job.log.flush(step, metrics)
-            if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
-                with phases("checkpoint"):
-                    job.save(step)
             if due(job.schedule.export_every, step) or last:
                 with phases("export"):
                     job.export(step)
+            if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
+                with phases("checkpoint"):
+                    job.save(step)
     finally:
         await pipeline.close()
     return step

@@ -137,15 +137,15 @@ async def train(job: Job, *, first_step: int = 0) -> int:
         job.log.step(step, rollouts, experience.advantages)
         if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
             metrics |= await evaluate(job, step)
-        # Metrics first: a kill before the save does the step again and its row is written anew; the other way
-        # round the row would be lost. So the seconds of saving stand in the next step's row.
+        # The checkpoint last: a kill before it does the step again, and its row and export are made anew; the other
+        # way round they would be lost. So the seconds of saving stand in the next step's row.
         job.log.flush(step, metrics)
-        if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
-            with phases("checkpoint"):
-                job.save(step)
         if due(job.schedule.export_every, step) or last:
             with phases("export"):
                 job.export(step)
+        if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
+            with phases("checkpoint"):
+                job.save(step)
     return step
 
 

@@ -77,6 +77,8 @@ class RunState:
                     f"{self._store.root} holds checkpoints of steps {self._store.steps()}, none of them whole; "
                     "trainer.resume_mode=none starts anew"
                 )
+            if found is not None:
+                self._store.tidy(found.step)
             return found
         self._set_aside()
         return None

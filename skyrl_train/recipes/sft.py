@@ -188,10 +188,11 @@ def fine_tune(loaded: LoadedConfig, run_dir: Path) -> int:
                     with phases("evaluate"):
                         metrics |= held_out_loss(trainer, data.held_out, keys.max_tokens_per_micro_batch)
                 log.flush(step, metrics)
-                if last or stop or (keys.ckpt_interval > 0 and step % keys.ckpt_interval == 0):
-                    state.save(step, parts, stream.state_dict())
+                # The checkpoint last: what a kill before it leaves undone is done again.
                 if last or (keys.hf_save_interval > 0 and step % keys.hf_save_interval == 0):
                     export_hf(model, tokenizer, export_path if last else export_path / f"global_step_{step}")
+                if last or stop or (keys.ckpt_interval > 0 and step % keys.ckpt_interval == 0):
+                    state.save(step, parts, stream.state_dict())
         progress.message(f"report {write_report(run_dir)}")
         if step < total_steps:
             raise KeyboardInterrupt

@@ -5,7 +5,8 @@
         policy/shard-00001-....safetensors  ...  what each part wrote
         run_state.json                           the loop's own state
         manifest.json                            size and SHA-256 of every other file; written last
-      .global_step_9.writing/                    a save that was cut short; removed by the next one
+      .global_step_9.writing/                    a save that was cut short; removed by the next one, as is
+      .global_step_2.removing/                   an old checkpoint that was only half removed
 
 A checkpoint is written beside, synced to the disk and renamed; `latest` reads every byte back against the manifest
 and falls back to the one before, aloud, when they differ.
@@ -32,6 +33,7 @@ MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 FORMAT = 2
 _NAME = re.compile(r"global_step_(\d+)")
+_LEFT_BEHIND = re.compile(r"\.global_step_\d+\.(writing|removing)")
 
 WritePart = Callable[[Path], None]
 """Writes its files into the folder that it is given, such as `PolicyTrainer.save`."""
@@ -72,26 +74,39 @@ class CheckpointStore:
         """Write a checkpoint, then drop the oldest over `max_to_keep`. `run_state` must survive JSON.
 
         A checkpoint of the same step is replaced: a run that fell back to an earlier one comes by here again.
+        Raises CheckpointError, with those before untouched, where the disk doesn't take it.
         """
         text = json.dumps(run_state, indent=1, allow_nan=False)
         if json.loads(text) != run_state:
             raise ValueError(f"run_state of step {step} does not survive JSON: keys must be strings, sequences lists")
         final = self._folder(step)
         beside = self.root / f".{final.name}.writing"
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        for name, write in parts.items():
-            (beside / name).mkdir()
-            write(beside / name)
-        (beside / RUN_STATE).write_text(text)
-        manifest = {"format": FORMAT, "step": step, "files": _describe(beside)}
-        (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
-        _sync(beside)
-        self._remove(final)
-        os.rename(beside, final)
-        _sync_folder(self.root)
-        self._prune(step)
+        try:
+            self._remove_left_behind()
+            beside.mkdir(parents=True)
+            for name, write in parts.items():
+                (beside / name).mkdir()
+                write(beside / name)
+            (beside / RUN_STATE).write_text(text)
+            manifest = {"format": FORMAT, "step": step, "files": _describe(beside)}
+            (beside / MANIFEST).write_text(json.dumps(manifest, indent=1))
+            _sync(beside)
+            self._remove(final)
+            os.rename(beside, final)
+            _sync_folder(self.root)
+            self._prune(step)
+        except OSError as exc:
+            shutil.rmtree(beside, ignore_errors=True)  # the room that it took may be what others lack
+            raise CheckpointError(
+                f"the checkpoint of step {step} can't be written to {self.root}: {exc}; those of steps {self.steps()} "
+                "are as they were. Make room, or lower trainer.max_ckpts_to_keep; the same command goes on from there"
+            ) from exc
         return Checkpoint(step=step, path=final, run_state=run_state)
+
+    def tidy(self, newest: int) -> None:
+        """What `save` of step `newest` would have done last, had nobody killed it."""
+        self._remove_left_behind()
+        self._prune(newest)
 
     def latest(self) -> Checkpoint | None:
         """The last whole checkpoint, None if there is none; says which broken ones it passed over."""
@@ -117,11 +132,16 @@ class CheckpointStore:
         for step in others[: max(0, len(others) + 1 - self._max_to_keep)]:
             self._remove(self._folder(step))
 
+    def _remove_left_behind(self) -> None:
+        """What a kill in the midst of a save or a removal left."""
+        for entry in self.root.iterdir() if self.root.is_dir() else ():
+            if _LEFT_BEHIND.fullmatch(entry.name):
+                shutil.rmtree(entry)
+
     def _remove(self, folder: Path) -> None:
         """Out of sight first, so that a kill in between leaves no half-deleted checkpoint."""
         if folder.exists():
             doomed = folder.with_name(f".{folder.name}.removing")
-            shutil.rmtree(doomed, ignore_errors=True)
             os.rename(folder, doomed)
             shutil.rmtree(doomed)
 
@@ -135,7 +155,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, TypeError) as exc:
         raise CheckpointError(f"{path}: no readable {MANIFEST} ({exc!r}); the checkpoint was cut short") from exc
     if found_format != FORMAT:
-        raise CheckpointError(f"{path}: format {found_format}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {found_format}, this version reads {FORMAT}; go on with the version that wrote it, or "
+            "start anew with trainer.resume_mode=none"
+        )
     for name, wanted in files.items():
         try:
             found = _describe_file(path / name)
