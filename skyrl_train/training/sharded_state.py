@@ -16,18 +16,26 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 MAX_NAMES_SHOWN = 3
+MAX_FILE_BYTES = 2**30
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write them into `folder`, which holds no others. With a process group all ranks call this together."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone_is_fine():
+def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], *, max_file_bytes: int = MAX_FILE_BYTES) -> None:
+    """Write them into `folder`, which holds no others. With a process group all ranks call this together.
+
+    A file holds `max_file_bytes` of whole tensors, or one tensor that is larger: each is put together in memory.
+    Raises OSError, on every rank, where one of them can't write.
+    """
+    files = _file_numbers(tensors, max_file_bytes)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=files, save_distributed=True)
+    with _alone_is_fine(), _plain_errors(folder):
         save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
 
@@ -37,7 +45,10 @@ def stored_names(folder: Path) -> set[str]:
 
 
 def load_tensors(folder: Path, targets: Mapping[str, torch.Tensor]) -> None:
-    """Fill `targets` in place. Raises ValueError, with nothing filled, unless names, shapes and dtypes are the same."""
+    """Fill `targets` in place. With a process group all ranks call this together.
+
+    Raises ValueError, with nothing filled, unless names, shapes and dtypes are the same.
+    """
     stored = _read_index(folder)
     missing, unknown = sorted(targets.keys() - stored.keys()), sorted(stored.keys() - targets.keys())
     different = [
@@ -52,7 +63,7 @@ def load_tensors(folder: Path, targets: Mapping[str, torch.Tensor]) -> None:
     ]
     if problems:
         raise ValueError(f"of the tensors in {folder} are {'; '.join(problems)}")
-    with _alone_is_fine():
+    with _alone_is_fine(), _plain_errors(folder):
         load(dict(targets), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=not dist.is_initialized())
 
 
@@ -74,12 +85,39 @@ def _identity(tensor: torch.Tensor) -> int:
 
 
 def _read_index(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
+    with _plain_errors(folder):
+        metadata = HuggingFaceStorageReader(str(folder)).read_metadata()
     index = {}
     for name, entry in metadata.state_dict_metadata.items():
         assert isinstance(entry, TensorStorageMetadata), (name, entry)
         index[name] = (entry.size, entry.properties.dtype)
     return index
+
+
+def _file_numbers(tensors: Mapping[str, torch.Tensor], max_file_bytes: int) -> dict[str, int]:
+    """Name -> file, from 1, in order: the same on every rank, because a sharded tensor's size is that of the whole."""
+    number, filled, result = 1, 0, {}
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if filled and filled + num_bytes > max_file_bytes:
+            number, filled = number + 1, 0
+        filled += num_bytes
+        result[name] = number
+    return result
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """torch wraps what goes wrong on some rank in a class that is no Exception: nobody would catch it."""
+    try:
+        yield
+    except CheckpointException as exc:
+        cause, _ = next(iter(exc.failures.values()))
+        if isinstance(cause, SafetensorError):
+            raise ValueError(f"{folder} holds a file that is not whole: {cause}") from exc
+        raise cause from exc
+    except SafetensorError as exc:
+        raise ValueError(f"{folder} holds a file that is not whole: {exc}") from exc
 
 
 @contextmanager

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from skyrl_train.errors import CheckpointError
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.sharded_state import (
     load_tensors,
@@ -78,6 +81,66 @@ def test_two_processes_save_and_one_loads(tmp_path: Path) -> None:
 def test_one_process_saves_and_two_load(tmp_path: Path) -> None:
     save_tensors(tmp_path, example())
     two_ranks(tmp_path, saves=False)
+
+
+def test_large_tensors_are_spread_over_files_that_stay_small(tmp_path: Path) -> None:
+    """Of 96, 80, 12 and 4 bytes: 96 | 80 | 12 + 4 at 80 bytes a file; the first is larger alone."""
+    save_tensors(tmp_path, example(), max_file_bytes=80)
+    held = {tuple(sorted(load_file(path))) for path in tmp_path.glob("*.safetensors")}
+    assert held == {("model.even",), ("model.uneven",), ("model.half", "optimizer.even.step")}
+    loaded = empty(example())
+    load_tensors(tmp_path, loaded)
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in example().items())
+
+
+def test_a_trainer_in_bfloat16_comes_back_with_its_float32_masters(tmp_path: Path) -> None:
+    first, second = (
+        PolicyTrainer(make_model(seed=seed).to(torch.bfloat16), OptimizerSettings(lr=1e-5)) for seed in (0, 1)
+    )
+
+    def step(trainer: PolicyTrainer) -> None:
+        """Far below what bfloat16 can show: the masters move, most weights do not."""
+        for number, parameter in enumerate(trainer.model.parameters()):
+            (parameter.float() * (number + 1)).sum().backward()  # type: ignore[no-untyped-call]
+        trainer.optim_step()
+
+    step(first)
+    first.save(tmp_path / "first")
+    stored = load_file(next((tmp_path / "first").glob("*.safetensors")))
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored[f"model.{name}"].dtype == torch.bfloat16 and stored[f"optimizer.{name}.master"].dtype == torch.float32
+    assert not torch.equal(stored[f"model.{name}"].float(), stored[f"optimizer.{name}.master"])
+    second.load(tmp_path / "first")
+    for trainer in (first, second):
+        for _ in range(3):
+            step(trainer)
+    first.save(tmp_path / "a")
+    second.save(tmp_path / "b")
+    a, b = (load_file(next((tmp_path / which).glob("*.safetensors"))) for which in ("a", "b"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_pickle_that_would_run_a_command_is_not_run(tmp_path: Path) -> None:
+    """Neither as the index that torch keeps beside its own format, nor in place of a file of tensors."""
+    trainer = PolicyTrainer(make_model(), OptimizerSettings(lr=1e-3))
+    trainer.save(tmp_path / "policy")
+    payload = pickle.dumps(Command(f"touch {tmp_path / 'was-run'}"))
+    (tmp_path / "policy" / ".metadata").write_bytes(payload)
+    trainer.load(tmp_path / "policy")
+    next((tmp_path / "policy").glob("*.safetensors")).write_bytes(payload)
+    with pytest.raises(CheckpointError, match="not whole"):
+        trainer.load(tmp_path / "policy")
+    assert not (tmp_path / "was-run").exists()
+    pickle.loads(payload)
+    assert (tmp_path / "was-run").exists(), "the payload is a working one"
+
+
+class Command:
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self.text,)
 
 
 def test_what_does_not_fit_is_named_and_nothing_is_filled(tmp_path: Path) -> None:
