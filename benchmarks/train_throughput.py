@@ -58,7 +58,7 @@ SHARED, PACKED, PADDED, SORTED, TRL = (
 SIDES = {"shared": SHARED, "packed": PACKED, "padded": PADDED, "sorted": SORTED, "trl": TRL}
 COLUMNS = (
     *("side", "rows", "seconds", "min", "max", "tokens/s", "of the limit", "first is faster by"),
-    *("processor s", "norm", "others"),
+    *("processor s", "by processor time", "norm", "others"),
 )
 MAX_LOGITS_BYTES = {"cpu": 2 << 30, "cuda": 4 << 30}
 """Of one micro-batch of the padded loop in float32; several copies of them are alive at once."""
@@ -269,7 +269,8 @@ def write(
         "Tokens count each sample whole, prompt and completion, on every side; rows are what the model computed. "
         f"Median of up to {args.rounds} updates. The limit is the matrix products of the rows that must be computed, "
         "each prompt once for its samples, at the measured rate of a large product. A ratio is the median over the "
-        "rounds of the first side's seconds under this side's, in brackets its least and its greatest."
+        "rounds of this side's seconds over the first's, in brackets its least and its greatest; by processor time, "
+        "which a busy machine hardly moves, it is that of the medians."
     )
     for case in cases:
         limit_s = training_flops(shape, case.work) / ceilings.matmul_flops_per_s
@@ -298,6 +299,7 @@ def side_row(side: Side, sides: Sequence[Side], num_tokens: int, limit_s: float)
         f"{limit_s / figures.median_s:.0%}",
         "" if side is first else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
         f"{figures.cpu_s:.2f}",
+        "" if side is first else f"{figures.cpu_s / summarize(first.timings).cpu_s:.2f}",
         f"{side.norm:.5g}",
         figures.others,
     ]
