@@ -9,6 +9,7 @@ and torch report of themselves is listened to (audit events, the optimizer's hoo
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -74,10 +75,19 @@ def rows_of(reward_mean: float, num_prompts: int) -> list[int]:
 
 
 def live(
-    command: Sequence[str], log: Path, *, after_s: float | None = None, moment: Moment | None = None, times: int = 1
+    command: Sequence[str],
+    log: Path,
+    *,
+    after_s: float | None = None,
+    moment: Moment | None = None,
+    times: int = 1,
+    max_file_bytes: int | None = None,
 ) -> int:
-    """One life of the job; its exit code, -9 if it was killed: after this long, or the `times`-th time of `moment`."""
-    process = _start(command, log, moment, times)
+    """One life of the job; its exit code, -9 if it was killed: after this long, or the `times`-th time of `moment`.
+
+    `max_file_bytes`: a longer file is refused by the kernel, as by a disk that is full.
+    """
+    process = _start((list(command), str(log), moment, times, max_file_bytes))
     process.join(TIMEOUT_S if after_s is None else after_s)
     if process.is_alive():
         process.kill()
@@ -87,10 +97,10 @@ def live(
     return process.exitcode
 
 
-def _start(command: Sequence[str], log: Path, moment: Moment | None, times: int) -> ForkServerProcess:
+def _start(arguments: tuple[Any, ...]) -> ForkServerProcess:
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "pytest"])
-    process = context.Process(target=_live, args=(list(command), str(log), moment, times))
+    process = context.Process(target=_live, args=arguments)
     # For the fork server, which the first process starts: a process that has threads of OpenMP can't be forked.
     before = {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "PYTHONPATH")}
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -105,11 +115,13 @@ def _start(command: Sequence[str], log: Path, moment: Moment | None, times: int)
     return process
 
 
-def _live(command: list[str], log: str, moment: Moment | None, times: int) -> None:
+def _live(command: list[str], log: str, moment: Moment | None, times: int, max_file_bytes: int | None) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    if max_file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     if moment is not None:
         _die_at(moment, times)
     sys.exit(run(load_config(command)))

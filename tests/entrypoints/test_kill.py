@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from skyrl_train.entrypoints.run import DONE
+from skyrl_train.entrypoints.run import DONE, FAILED
 from skyrl_train.observability.metrics import deterministic_metrics, read_metrics
 from tests.entrypoints.killing import MOMENTS, live, rows_of
 from tests.entrypoints.test_main_job import arguments, final_weights
@@ -68,6 +68,32 @@ def test_a_run_that_is_killed_again_and_again_trains_on_each_prompt_once_and_end
     assert live(command(runs[-1]), log) == DONE, log.read_text()[-4000:]
     for name in runs:
         assert_same_run(tmp_path / "whole", tmp_path / name)
+
+
+def test_a_save_that_finds_no_room_ends_the_run_by_name_and_the_checkpoint_before_it_is_used(
+    inputs: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+
+    def command(name: str) -> list[str]:
+        return arguments(
+            inputs,
+            tmp_path / name,
+            "trainer.logger=[jsonl]",
+            "environment.env_class=tests.entrypoints.killing:NumberedEnv",
+        )
+
+    assert live(command("whole"), log) == DONE, log.read_text()
+    renamed = "a checkpoint is renamed and older ones are not yet removed"
+    assert live(command("full"), log, moment=renamed) == -signal.SIGKILL
+    # A checkpoint has about a megabyte; everything else that a step writes is far smaller.
+    assert live(command("full"), log, max_file_bytes=400_000) == FAILED, log.read_text()
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("error: the checkpoint of step 4 can't be written to ") and "those of steps [2]" in last
+    assert "Traceback" not in log.read_text()
+    assert [path.name for path in (tmp_path / "full" / "checkpoints").iterdir()] == ["global_step_2"]
+    assert live(command("full"), log) == DONE, log.read_text()
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
 def assert_same_run(whole: Path, killed: Path) -> None:
