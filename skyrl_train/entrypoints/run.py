@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import gc
 import logging
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from skyrl_train.async_loop import train_async
@@ -54,6 +56,8 @@ ROLLOUTS = "rollouts"
 
 DONE, REFUSED, FAILED, INTERRUPTED = 0, 2, 3, 130
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
 
 def run(loaded: LoadedConfig, body: Callable[[LoadedConfig, Path], int] | None = None) -> int:
     """Train, resume or finish the configured run; returns the exit code. `body` is a recipe's own loop."""
@@ -74,6 +78,15 @@ def run(loaded: LoadedConfig, body: Callable[[LoadedConfig, Path], int] | None =
         for message in dict.fromkeys(str(leaf) for leaf in leaves):
             print(f"error: {message}", file=sys.stderr)
         return REFUSED if any(isinstance(leaf, ConfigError) for leaf in leaves) else FAILED
+    except (OSError, SafetensorError) as exc:
+        if not _is_no_room(exc):
+            raise
+        print(
+            f"error: there is no room for what the run writes: {exc}; checkpoints are as they were. Make room, and the "
+            "same command goes on from the last one",
+            file=sys.stderr,
+        )
+        return FAILED
 
 
 def _run(loaded: LoadedConfig, run_dir: Path) -> int:
@@ -224,6 +237,12 @@ def _only_run_in(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _is_no_room(exc: OSError | SafetensorError) -> bool:
+    if isinstance(exc, OSError):
+        return exc.errno in NO_ROOM
+    return any(f"(os error {number})" in str(exc) for number in NO_ROOM)
 
 
 def _leaves(exc: Exception) -> Sequence[Exception]:

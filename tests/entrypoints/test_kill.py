@@ -96,6 +96,16 @@ def test_a_save_that_finds_no_room_ends_the_run_by_name_and_the_checkpoint_befor
     assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
+def test_a_full_disk_is_named_wherever_the_run_meets_it(inputs: Path, tmp_path: Path) -> None:
+    """Here in an export of the first step: its weights have 450 kB."""
+    log = tmp_path / "log.txt"
+    env = "environment.env_class=tests.entrypoints.killing:NumberedEnv"
+    command = arguments(inputs, tmp_path / "run", "trainer.logger=[jsonl]", "trainer.hf_save_interval=1", env)
+    assert live(command, log, max_file_bytes=400_000) == FAILED, log.read_text()
+    assert log.read_text().splitlines()[-1].startswith("error: there is no room for what the run writes: ")
+    assert "Traceback" not in log.read_text()
+
+
 def assert_same_run(whole: Path, killed: Path) -> None:
     assert trained_rows(killed) == trained_rows(whole)
     assert deterministic_metrics(killed / "metrics.jsonl") == deterministic_metrics(whole / "metrics.jsonl")
