@@ -17,7 +17,7 @@ from tests.entrypoints.killing import MOMENTS, live, rows_of
 from tests.entrypoints.test_main_job import arguments, final_weights
 from tests.tiny import make_model, make_tokenizer
 
-ROWS, PROMPTS, EPOCHS = 12, 4, 4
+ROWS, PROMPTS, EPOCHS = 12, 4, 6
 KILLS = 10
 ASYNC = ("trainer.fully_async.enabled=true", "trainer.fully_async.max_staleness_steps=2")
 
@@ -49,13 +49,16 @@ def test_a_run_that_is_killed_again_and_again_trains_on_each_prompt_once_and_end
     assert live(command("whole"), log) == DONE, log.read_text()
     assert trained_rows(tmp_path / "whole") == sorted([*range(ROWS)] * EPOCHS)
 
+    begin, end = ((tmp_path / "whole" / name).stat().st_mtime for name in ("config.yaml", "report.html"))
+    whole_s = end - begin + 0.3
+
     moments = [*MOMENTS, *["any"] * (KILLS - len(MOMENTS))]
     rng.shuffle(moments)
     runs, num_kills = ["killed-0"], 0
     while moments:
         moment = moments[-1]
         if moment == "any":
-            code = live(command(runs[-1]), log, after_s=rng.uniform(0.3, 2.0))
+            code = live(command(runs[-1]), log, after_s=rng.uniform(0.0, whole_s))
         else:
             code = live(command(runs[-1]), log, moment=moment, times=rng.randint(1, MOMENTS[moment]))
         if code == -signal.SIGKILL:
