@@ -187,9 +187,13 @@ class Trainer(Group):
     resume_mode: Literal["none", "latest", "from_path"] = Field(
         "latest",
         description="none starts anew; latest goes on from the newest whole checkpoint, if there is one; from_path "
-        "goes on from resume_path.",
+        "goes on from resume_path, or from where the same command was cut short.",
     )
-    resume_path: str | None = Field(None, description="The checkpoint that resume_mode from_path goes on from.")
+    resume_path: str | None = Field(
+        None,
+        description="What resume_mode from_path goes on from: a checkpoint's folder, or a folder of checkpoints, which "
+        "is its newest whole one.",
+    )
     run_name: str = Field("quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run's folder.")
     project_name: str = Field("skyrl_train", min_length=1, description="The project's name at trackers.")
     run_path: str | None = Field(None, description="The run's folder; null is runs/<run_name>.")
@@ -201,7 +205,7 @@ class Trainer(Group):
     )
     hf_save_interval: int = Field(-1, ge=-1, description="Steps between exports; -1 exports only the last.")
     rollout_log_interval: Positive = Field(
-        10, description="Steps between those whose rollouts are kept in <run_path>/rollouts; the first and the last are."
+        10, description="Steps between those whose rollouts are kept on disk; the first and the last always are."
     )
     logger: Strings = Field(
         ("console", "jsonl", "tensorboard"), description="Trackers: console, jsonl, tensorboard, wandb, mlflow."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,18 @@ class RunState:
     def restore(self, parts: Parts, prompts: PromptStream) -> int:
         """Load the checkpoint that `resume_mode` names into all of them.
 
-        Returns the step it was taken after, 0 for a fresh start.
+        Returns the step it was taken after, 0 for a fresh start. Raises CheckpointError for one that doesn't fit
+        this run; it names the keys that changed.
         """
         found = self._find()
         if found is None:
             return 0
         self._check_parts(found, parts)
         for name, (_, load) in parts.items():
-            load(found.path / name)
+            try:
+                load(found.path / name)
+            except CheckpointError as exc:
+                raise CheckpointError(f"{exc}. {self._what_to_do(found)}") from exc
         prompts.load_state_dict(found.run_state["prompts"])
         self.changes = _changes(found.run_state["settings"], self._settings)
         self.resumed_from = found.path
@@ -60,27 +65,36 @@ class RunState:
         lacking, surplus = sorted(parts.keys() - stored), sorted(stored - parts.keys() - self.loaded_later)
         if not lacking and not surplus:
             return
-        keys = [f"\n  {line}" for line in _changes(found.run_state["settings"], self._settings)]
         what = [f"has no {name}" for name in lacking] + [f"has {name}, which this run doesn't" for name in surplus]
         raise CheckpointError(
-            f"{found.path} {' and '.join(what)}: it was made with another configuration. Set back what changed, or "
-            f"start anew with trainer.resume_mode=none; changed since:{''.join(keys)}"
+            f"{found.path} {' and '.join(what)}: it was made with another configuration. {self._what_to_do(found)}"
+        )
+
+    def _what_to_do(self, found: Checkpoint) -> str:
+        keys = [f"\n  {line}" for line in _changes(found.run_state["settings"], self._settings)]
+        return "Set back what changed, or start anew with trainer.resume_mode=none; changed since: " + (
+            "".join(keys) or "no key, so a file that one names"
         )
 
     def _find(self) -> Checkpoint | None:
+        if self._keys.resume_mode == "none":
+            self._set_aside()
+            return None
         if self._keys.resume_mode == "from_path":
-            return _open_newest(Path(str(self._keys.resume_path)))
-        if self._keys.resume_mode == "latest":
-            found = self._store.latest()
-            if found is None and self._store.steps():
-                raise CheckpointError(
-                    f"{self._store.root} holds checkpoints of steps {self._store.steps()}, none of them whole; "
-                    "trainer.resume_mode=none starts anew"
-                )
-            if found is not None:
-                self._store.tidy(found.step)
-            return found
-        self._set_aside()
+            found = self._cut_short() or _newest(CheckpointStore(str(self._keys.resume_path)))
+            return found or open_checkpoint(str(self._keys.resume_path))
+        found = _newest(self._store)
+        if found is not None:
+            self._store.tidy(found.step)
+        return found
+
+    def _cut_short(self) -> Checkpoint | None:
+        """The newest one that this very command made: started anew from its path, it would do that work again."""
+        for step in reversed(self._store.steps()):
+            with suppress(CheckpointError):
+                found = self._store.open(step)
+                if found.run_state["settings"] == self._settings:
+                    return found
         return None
 
     def _set_aside(self) -> None:
@@ -95,18 +109,24 @@ class RunState:
         self.set_aside = aside
 
 
-def _open_newest(path: Path) -> Checkpoint:
-    """A checkpoint's own folder, or the newest whole one in a run's folder of checkpoints. Raises CheckpointError."""
-    store = CheckpointStore(path)
-    if not store.steps():
-        return open_checkpoint(path)
+def _newest(store: CheckpointStore) -> Checkpoint | None:
+    """The newest whole one; None where there is none at all. Raises CheckpointError where none of them can be used."""
     found = store.latest()
-    if found is None:
-        raise CheckpointError(f"{path} holds checkpoints of steps {store.steps()}, none of them whole")
+    if found is None and (steps := store.steps()):
+        try:
+            store.open(steps[-1])
+        except CheckpointError as exc:
+            raise CheckpointError(
+                f"{store.root} holds checkpoints of steps {steps}, none of them whole; trainer.resume_mode=none starts "
+                f"anew. The newest: {exc}"
+            ) from exc
     return found
 
 
-_FREE_TO_CHANGE = ("trainer.resume_mode", "trainer.resume_path", "trainer.logger")
+_FREE_TO_CHANGE = (
+    *(f"trainer.{name}" for name in ("resume_mode", "resume_path", "run_name", "run_path", "ckpt_path", "export_path")),
+    *(f"trainer.{name}" for name in ("logger", "project_name", "rollout_log_interval")),
+)
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
