@@ -11,7 +11,8 @@ Who waits for whom, and until when:
     the trainer     for the batch that it trains on next: the oldest, in the order in which prompts were drawn
     an update       for the trainer's step; deterministic: also for the next batch, so that where it lands depends on
                     tokens alone and a run can be repeated and resumed to the bit
-    generation      for a batch to be taken: at most `max_staleness_steps` + 1 batches are ahead of training
+    generation      for a batch to be taken: at most `max_staleness_steps` + 1 batches are ahead of training;
+                    deterministic: once the next batch is complete, also for the update
     a trajectory    at the gate, from the landing's begin to its end
 
 Staleness 0 draws a batch, trains, draws the next: the synchronous loop, to the bit. Staleness 1 is one step off
@@ -58,15 +59,15 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
         while step < total and not job.stop.is_set():
             began = perf_counter()
             await pipeline.advance(step, at_most=_batches_left(job, total - step))
-            drawn: list[list[Prompt]] = []
+            staleness: list[int] = []
 
-            def next_batch(completed: int = step, drawn: list[list[Prompt]] = drawn) -> list[Prompt]:
-                drawn.append(pipeline.next_batch(completed))
-                return drawn[-1]
+            def next_batch(completed: int = step, staleness: list[int] = staleness) -> list[Prompt]:
+                prompts = pipeline.next_batch(completed)
+                staleness.append(pipeline.staleness(prompts, completed))
+                return prompts
 
             with phases("rollout"):
                 selected = await job.selection.draw(pipeline.roll_out, next_batch)
-            staleness = pipeline.staleness(drawn[-1], step)
             step += 1
             last = step == total
             with phases("train"):
@@ -82,7 +83,7 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
             metrics |= rollouts.metrics() | selected.metrics | experience.metrics
             metrics |= _version_lag(rollouts, int(metrics["policy/version"]))
             metrics |= {
-                "async/staleness_steps": staleness,
+                "async/staleness_steps": max(staleness),
                 "async/batches_ahead": pipeline.num_ahead,
                 "async/num_parked_requests": pipeline.gate.num_parked,
                 "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
@@ -115,7 +116,7 @@ async def _learn(run: AsyncJob, groups: tuple[ScoredGroup, ...]) -> tuple[Experi
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        await asyncio.gather(task, return_exceptions=True)
         raise
 
 
@@ -125,7 +126,7 @@ def _batches_left(job: Job, steps_left: int) -> int | None:
 
 
 def _version_lag(rollouts: Rollouts, version: int) -> dict[str, float]:
-    """How many policy versions before the update's result the trained tokens were sampled under."""
+    """How many policy versions before the update's result the step's tokens were sampled under."""
     spans = [s for t in rollouts.trajectories for turn in t.turns for s in turn.completion.versions]
     tokens = sum(span.end - span.start for span in spans)
     lags = [(version - span.version) * (span.end - span.start) for span in spans]

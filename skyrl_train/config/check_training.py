@@ -242,6 +242,17 @@ def asynchronous(checked: Checked) -> Iterator[Finding]:
                 f"{checked.show('trainer.fully_async.enabled')}: asynchronous training runs on the embedded engine so "
                 f"far, found generator.backend={checked.config.generator.backend}"
             )
+        trainer = checked.config.trainer
+        if (
+            trainer.policy.model.lora.dropout
+            and trainer.policy.model.lora.rank
+            and trainer.placement.policy_num_gpus_per_node
+        ):
+            yield error(
+                f"{checked.show('trainer.policy.model.lora.dropout')} with trainer.fully_async.enabled=true on a GPU: the "
+                "trainer would draw random numbers while the engine captures a graph, which CUDA forbids; set one of them "
+                "to its default"
+            )
         if keys.num_parallel_generation_workers < checked.config.generator.n_samples_per_prompt:
             yield warning(
                 f"{checked.show('trainer.fully_async.num_parallel_generation_workers')} is less than one group "

@@ -123,11 +123,12 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
         pipeline: RolloutPipeline | None = None
 
         def save(step: int) -> None:
-            if pipeline is None:
+            in_flight = pipeline
+            if in_flight is None:
                 state.save(step, learner.parts(), prompts.state_dict())
             else:
-                parts = {**learner.parts(), ROLLOUTS: (pipeline.save, pipeline.load)}
-                state.save(step, parts, pipeline.stream_state())
+                parts = {**learner.parts(), ROLLOUTS: (in_flight.save, lambda folder: in_flight.load(folder, step))}
+                state.save(step, parts, in_flight.stream_state())
 
         def export(step: int) -> None:
             last = step == total_steps
@@ -198,7 +199,7 @@ async def _train(
             task.cancel()
             return
         job.stop.set()
-        progress.message("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+        progress.message("stopping after this step, with a checkpoint; Ctrl-C again stops without one")
 
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, interrupt)
@@ -206,7 +207,7 @@ async def _train(
         if pipeline is None:
             return await train(job, first_step=first_step)
         if state.resumed_from is not None and (state.resumed_from / ROLLOUTS).is_dir():
-            pipeline.load(state.resumed_from / ROLLOUTS)
+            pipeline.load(state.resumed_from / ROLLOUTS, first_step)
         return await train_async(build_async(config, job, pipeline, device=device_of(config)), first_step=first_step)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None

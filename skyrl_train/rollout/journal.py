@@ -12,7 +12,9 @@ Row = dict[str, Any]
 
 
 def completion_to_json(completion: Completion) -> Row:
-    return {**asdict(completion), "token_ids": list(completion.token_ids), "logprobs": list(completion.logprobs)}
+    # An agent of the user's own may have handed on numpy's numbers, which JSON does not know.
+    token_ids = [int(token) for token in completion.token_ids]
+    return {**asdict(completion), "token_ids": token_ids, "logprobs": [float(x) for x in completion.logprobs]}
 
 
 def completion_from_json(row: Mapping[str, Any]) -> Completion:
@@ -30,13 +32,16 @@ def trajectory_to_json(trajectory: Trajectory) -> Row:
     return {
         "id": asdict(trajectory.id),
         "turns": [
-            {"prompt_token_ids": list(turn.prompt_token_ids), "completion": completion_to_json(turn.completion)}
+            {
+                "prompt_token_ids": [int(token) for token in turn.prompt_token_ids],
+                "completion": completion_to_json(turn.completion),
+            }
             for turn in trajectory.turns
         ],
-        "rewards": list(trajectory.rewards),
+        "rewards": [float(reward) for reward in trajectory.rewards],
         "status": trajectory.status,
         "error": trajectory.error,
-        "metrics": dict(trajectory.metrics),
+        "metrics": {name: float(value) for name, value in trajectory.metrics.items()},
     }
 
 

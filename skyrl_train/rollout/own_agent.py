@@ -1,9 +1,9 @@
 """The user's own runner of trajectories, in the place of `Agent`: `generator.agent`.
 
-    class MyAgent:
-        def __init__(self, *, generate, tokenizer, environments, ...): ...       # those of Agent's fields that it names
-        def render(self, prompt) -> tuple[int, ...]: ...                         # the prompt's tokens, once for a group
-        async def run(self, trajectory_id, prompt, prompt_token_ids, sampling) -> Trajectory: ...
+class MyAgent:
+    def __init__(self, *, generate, tokenizer, environments, ...): ...       # those of Agent's fields that it names
+    def render(self, prompt) -> tuple[int, ...]: ...                         # the prompt's tokens, once for a group
+    async def run(self, trajectory_id, prompt, prompt_token_ids, sampling) -> Trajectory: ...
 """
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ of it, as tokens: finished trajectories, answers of unfinished ones, and the str
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +28,8 @@ from skyrl_train.rollout.gate import Gate
 from skyrl_train.rollout.groups import Rollouts, Run, group_runs, sort_out
 from skyrl_train.rollout.journal import trajectory_from_json, trajectory_to_json
 from skyrl_train.types import Prompt, SamplingParams, Trajectory, TrajectoryId
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "rollouts.json"
 
@@ -111,7 +115,9 @@ class RolloutPipeline:
     async def roll_out(self, prompts: Sequence[Prompt]) -> Rollouts:
         """The finished groups of prompts that `next_batch` gave last."""
         batch = self._taken[prompts[0].prompt_id]
-        if batch.num_unfinished and not self.gate.is_open:
+        # Also for the batch that comes next: it may have been shut out when this one was not yet taken.
+        following = self._batches[0].num_unfinished if self._batches else 0
+        if (batch.num_unfinished or following) and not self.gate.is_open:
             await self.gate.rest()
             self.gate.open()
         wanted = {prompt.prompt_id for prompt in prompts}
@@ -151,32 +157,60 @@ class RolloutPipeline:
         batches = [
             {
                 "started_after": batch.started_after,
-                "prompt_ids": [prompt.prompt_id for prompt in batch.prompts],
-                "finished": [trajectory_to_json(t.result()) for row in batch.rows for t in row if t.done()],
+                "prompts": [self._fingerprint(prompt) for prompt in batch.prompts],
+                "finished": [trajectory_to_json(t.result()) for row in batch.rows for t in row if _is_finished(t)],
             }
             for batch in self._batches
         ]
         (folder / STATE_FILE).write_text(json.dumps({"batches": batches, "gate": self.gate.state()}))
 
-    def load(self, folder: Path) -> None:
-        """Before the first `advance`; the stream stands where `stream_state` said."""
+    def load(self, folder: Path, completed_steps: int) -> None:
+        """Before the first `advance`; the stream stands where `stream_state` said.
+
+        Batches that this run's bound would let become too stale are rolled out anew. Raises CheckpointError where the
+        data is not what it was.
+        """
         state: Mapping[str, Any] = json.loads((folder / STATE_FILE).read_text())
-        self.gate.load(state["gate"])
-        for saved in state["batches"]:
+        fresh_enough = [
+            saved
+            for place, saved in enumerate(state["batches"])
+            if place <= self._num_ahead and completed_steps + place - saved["started_after"] <= self._num_ahead
+        ]
+        if len(fresh_enough) < len(state["batches"]):
+            fresh_enough = fresh_enough[: _num_leading(fresh_enough, state["batches"])]
+            logger.warning(
+                "%d of %d batches that were on their way are rolled out anew: trainer.fully_async.max_staleness_steps "
+                "is %d now",
+                len(state["batches"]) - len(fresh_enough),
+                len(state["batches"]),
+                self._num_ahead,
+            )
+        for saved in fresh_enough:
             trajectories = [trajectory_from_json(row) for row in saved["finished"]]
             self._restored = {trajectory.id: trajectory for trajectory in trajectories}
-            batch = self._draw(saved["started_after"])
-            drawn = [prompt.prompt_id for prompt in batch.prompts]
-            if drawn != saved["prompt_ids"]:
-                raise CheckpointError(
-                    f"{folder} holds rollouts of prompts {saved['prompt_ids'][:3]}..., the data gives {drawn[:3]}...; "
-                    "the data changed since: trainer.resume_mode=none starts anew"
-                )
+            prompts = self._draw(saved["started_after"], recorded=state["gate"]).prompts
+            for prompt, was in zip(prompts, saved["prompts"], strict=False):
+                if (now := self._fingerprint(prompt)) != was:
+                    raise CheckpointError(
+                        f"{folder} holds rollouts of prompt {was['id']} ({was['digest']}), the data gives {now['id']} "
+                        f"({now['digest']}): the data or its chat template changed since; "
+                        "trainer.resume_mode=none starts anew"
+                    )
         self._restored = {}
+
+    def _fingerprint(self, prompt: Prompt) -> dict[str, str]:
+        """Tells another prompt, or the same row with other words or another answer to compare with."""
+        return {
+            "id": prompt.prompt_id,
+            "digest": hashlib.blake2b(
+                repr((self._agent.render(prompt), prompt.environment, prompt.target)).encode(), digest_size=8
+            ).hexdigest(),
+        }
 
     # -- trajectories
 
-    def _draw(self, completed_steps: int) -> _Batch:
+    def _draw(self, completed_steps: int, recorded: Sequence[Mapping[str, Any]] = ()) -> _Batch:
+        """`recorded` is what the gate knew of this batch's trajectories in an earlier process."""
         before = self._stream.state_dict()
         batch = _Batch(
             prompts=self._stream.next_batch(),
@@ -186,8 +220,8 @@ class RolloutPipeline:
             num_unfinished=0,
         )
         keys = self._settings
-        for prompt in batch.prompts:
-            runs = group_runs(
+        groups = [
+            group_runs(
                 self._agent,
                 prompt,
                 keys.num_samples,
@@ -195,6 +229,11 @@ class RolloutPipeline:
                 keys.seed,
                 greedy_baseline=keys.greedy_baseline,
             )
+            for prompt in batch.prompts
+        ]
+        if recorded:
+            self.gate.load(recorded, {str(trajectory_id) for runs in groups for trajectory_id, _ in runs})
+        for runs in groups:
             batch.rows.append([self._start(batch, trajectory_id, run) for trajectory_id, run in runs])
         self._batches.append(batch)
         return batch
@@ -208,12 +247,12 @@ class RolloutPipeline:
             return loop.create_task(_answered(finished))
         batch.num_unfinished += 1
         self._num_unfinished += 1
-        return loop.create_task(self._run(batch, number, run), name=f"trajectory {trajectory_id}")
+        return loop.create_task(self._run(batch, number, trajectory_id, run), name=f"trajectory {trajectory_id}")
 
-    async def _run(self, batch: _Batch, number: int, run: Run) -> Trajectory:
+    async def _run(self, batch: _Batch, number: int, trajectory_id: TrajectoryId, run: Run) -> Trajectory:
         try:
             async with self._slots:
-                with self.gate.trajectory(number):
+                with self.gate.trajectory(number, str(trajectory_id)):
                     trajectory = await run()
         finally:
             self._num_unfinished -= 1
@@ -227,6 +266,16 @@ class RolloutPipeline:
         following = self._batches[0].num_unfinished if self._batches else 0
         if self._stop_at_batch and not following and not any(b.num_unfinished for b in self._taken.values()):
             await self.gate.shut()
+
+
+def _num_leading(kept: Sequence[Any], all_of_them: Sequence[Any]) -> int:
+    """How many of `kept` are the first of `all_of_them`: what comes after a gap is no longer in the stream's order."""
+    return next((i for i, (a, b) in enumerate(zip(kept, all_of_them, strict=False)) if a is not b), len(kept))
+
+
+def _is_finished(task: asyncio.Task[Trajectory]) -> bool:
+    """What failed counts as unfinished: whoever takes the batch will meet the failure."""
+    return task.done() and not task.cancelled() and task.exception() is None
 
 
 async def _answered(trajectory: Trajectory) -> Trajectory:

@@ -138,7 +138,7 @@ async def test_a_pipeline_that_was_killed_at_rest_goes_on_to_the_same_bits(tmp_p
     other_engine, other_stream = make_engine(), make_stream()
     other_stream.load_state_dict(position)
     resumed = make_pipeline(other_engine, other_stream, **options)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, 1)
     assert await go_on(resumed) == expected
     for each in (pipeline, resumed):
         await each.close()
@@ -154,8 +154,8 @@ async def test_rollouts_of_other_data_are_refused(tmp_path: Path) -> None:
     await pipeline.gate.rest()
     pipeline.save(tmp_path)
     other = make_pipeline(engine, make_stream(num_rows=19))
-    with pytest.raises(CheckpointError, match="the data changed since"):
-        other.load(tmp_path)
+    with pytest.raises(CheckpointError, match="the data or its chat template changed since"):
+        other.load(tmp_path, 0)
     await other.close()
     await pipeline.close()
     await engine.close()

@@ -265,9 +265,10 @@ class Scheduler:
         self.seats.slots[seat, len(matched) : len(tokens)] = self._allocate(needed)
         self.seats.allocated[seat] = len(tokens)
         if not state.was_started:
-            state.num_cached_tokens = len(matched)
-            self.num_prompt_tokens_total += len(tokens)
-            self.num_cached_tokens_total += len(matched)
+            # A partial answer that the request came with is no prompt, wherever its keys are.
+            state.num_cached_tokens = min(len(matched), state.num_prompt_tokens)
+            self.num_prompt_tokens_total += state.num_prompt_tokens
+            self.num_cached_tokens_total += state.num_cached_tokens
         if not state.version_marks or state.version_marks[-1][0] != policy_version:
             state.version_marks.append((policy_version, len(tokens) - state.num_prompt_tokens))
         self._prefilling.append(state)
