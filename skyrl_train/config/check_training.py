@@ -249,9 +249,9 @@ def asynchronous(checked: Checked) -> Iterator[Finding]:
             and trainer.placement.policy_num_gpus_per_node
         ):
             yield error(
-                f"{checked.show('trainer.policy.model.lora.dropout')} with trainer.fully_async.enabled=true on a GPU: the "
-                "trainer would draw random numbers while the engine captures a graph, which CUDA forbids; set one of them "
-                "to its default"
+                f"{checked.show('trainer.policy.model.lora.dropout')} with trainer.fully_async.enabled=true on a GPU: "
+                "the trainer would draw random numbers while the engine captures a graph, which CUDA forbids; set one "
+                "of them to its default"
             )
         if keys.num_parallel_generation_workers < checked.config.generator.n_samples_per_prompt:
             yield warning(
