@@ -37,14 +37,8 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
     import torch
 
     from skyrl_train.data.stream import eval_prompts
-    from skyrl_train.entrypoints.build import (
-        build_agent,
-        device_of,
-        engine_over,
-        load_data,
-        load_tokenizer,
-        sampling_params,
-    )
+    from skyrl_train.entrypoints.build import device_of, engine_over
+    from skyrl_train.entrypoints.build_rollouts import build_agent, load_data, load_tokenizer, sampling_params
     from skyrl_train.entrypoints.extensions import check_extensions
     from skyrl_train.entrypoints.run import DONE
     from skyrl_train.errors import ConfigError

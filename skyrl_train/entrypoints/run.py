@@ -24,18 +24,9 @@ from skyrl_train.config.load import LoadedConfig, plain
 from skyrl_train.config.schema import Config
 from skyrl_train.data.chat import response_text
 from skyrl_train.data.stream import PromptStream, eval_prompts
-from skyrl_train.entrypoints.build import (
-    build_agent,
-    build_engine,
-    build_experience,
-    build_learner,
-    build_selection,
-    device_of,
-    load_data,
-    load_tokenizer,
-    sampling_params,
-)
+from skyrl_train.entrypoints.build import build_engine, build_experience, build_learner, build_selection, device_of
 from skyrl_train.entrypoints.build_async import build_async, build_pipeline
+from skyrl_train.entrypoints.build_rollouts import build_agent, load_data, load_tokenizer, sampling_params
 from skyrl_train.entrypoints.extensions import check_extensions
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState

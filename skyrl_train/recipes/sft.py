@@ -34,7 +34,8 @@ from skyrl_train.data.conversations import check_conversation, encode_conversati
 from skyrl_train.data.pack import pack
 from skyrl_train.data.rows import PromptRow, read_rows
 from skyrl_train.data.stream import PromptStream
-from skyrl_train.entrypoints.build import device_of, load_tokenizer, optimizer_settings
+from skyrl_train.entrypoints.build import device_of, optimizer_settings
+from skyrl_train.entrypoints.build_rollouts import load_tokenizer
 from skyrl_train.entrypoints.run import DONE, REFUSED, run
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
