@@ -32,7 +32,8 @@ def turns(checked: Checked) -> Iterator[Finding]:
             "answer; keep one of them"
         )
     if not several:
-        for path in ("generator.use_conversation_multi_turn", "generator.chat_history"):
+        for name in ("use_conversation_multi_turn", "chat_history", "step_wise_trajectories"):
+            path = f"generator.{name}"
             if checked.is_set(path):
                 yield warning(f"{checked.show(path)} has no effect: generator.max_turns is 1")
     if several and environment.reward is not None:

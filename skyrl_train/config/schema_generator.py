@@ -152,6 +152,11 @@ class Generator(Group):
         "rollout.agent.Agent (docs/EXTENDING.md).",
     )
     max_turns: Positive = Field(1, description="Turns of one trajectory at most: answer, observation, answer, ….")
+    step_wise_trajectories: bool = Field(
+        False,
+        description="Train on each turn as a sample of its own, with its history as the prompt; false makes one sample "
+        "of a trajectory whose history was not edited.",
+    )
     max_input_length: Positive = Field(
         description="Tokens of a prompt at most, history included. Longer prompts in the data are left out and "
         "counted; a trajectory whose history grows over it ends there."

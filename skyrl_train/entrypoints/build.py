@@ -196,6 +196,7 @@ def build_experience(config: Config, learner: Learner) -> ExperienceMaker:
         trainer=learner.trainer,
         critic=learner.critic,
         kl=_kl_in_reward(algorithm, learner) if algorithm.use_kl_in_reward else None,
+        step_wise=config.generator.step_wise_trajectories,
         normalize=algorithm.advantage_batch_normalize,
         skip_truncated=algorithm.overlong.filter,
         max_tokens_per_micro_batch=learner.max_tokens_per_micro_batch,

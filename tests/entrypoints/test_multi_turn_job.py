@@ -137,3 +137,17 @@ def test_a_run_whose_environments_all_hang_ends_with_an_error(
     )
     assert run(load_config(multi_turn(inputs, tmp_path / "run", *more))) == FAILED
     assert "all 2 workers (environment.num_workers) are stuck" in capsys.readouterr().err
+
+
+def test_a_turn_can_be_a_sample_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    rows = {}
+    for name in ("false", "true"):
+        command = arguments(inputs, tmp_path / name, *MORE, f"generator.step_wise_trajectories={name}")
+        assert run(load_config([*command, "trainer.max_steps=1"])) == DONE
+        rows[name] = read_metrics(tmp_path / name / "metrics.jsonl")[-1]
+    whole, step_wise = rows["false"], rows["true"]
+    assert step_wise["train/num_loss_tokens"] == whole["train/num_loss_tokens"] > 0
+    assert step_wise["train/num_rows"] > whole["train/num_rows"], "a turn repeats its history"
+    # Every sampled token has the same advantage and the same log-probability before the update either way.
+    for figure in ("advantage/mean", "advantage/std", "policy/entropy"):
+        assert step_wise[figure] == pytest.approx(whole[figure], rel=1e-4, abs=1e-7)
