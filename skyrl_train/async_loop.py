@@ -27,7 +27,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from skyrl_train.loop import Job, evaluate
+from skyrl_train.loop import Job, evaluate, finish_step
 from skyrl_train.rollout.groups import Rollouts
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.experience import Experience
@@ -51,7 +51,7 @@ class AsyncJob:
 async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
     """As `loop.train`: the steps after `first_step`, to the end or until `job.stop`; returns the last complete one."""
     job, pipeline = run.job, run.pipeline
-    due, phases, total = job.schedule.due, job.phases, job.schedule.total_steps
+    phases, total = job.phases, job.schedule.total_steps
     step = first_step
     if step == 0 and job.schedule.evaluate_first and job.schedule.evaluate_every > 0:
         job.log.flush(0, await evaluate(job, 0))
@@ -69,7 +69,6 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
             with phases("rollout"):
                 selected = await job.selection.draw(pipeline.roll_out, next_batch)
             step += 1
-            last = step == total
             with phases("train"):
                 experience, metrics = await _learn(run, selected.groups)
             with phases("landing"):
@@ -86,18 +85,10 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
                 "async/staleness_steps": max(staleness),
                 "async/batches_ahead": pipeline.num_ahead,
                 "async/num_parked_requests": pipeline.gate.num_parked,
+                "async/num_resampled_total": pipeline.gate.num_resampled_total,
                 "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
             }
-            job.log.step(step, rollouts, experience.advantages)
-            if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
-                metrics |= await evaluate(job, step)
-            job.log.flush(step, metrics)
-            if due(job.schedule.export_every, step) or last:
-                with phases("export"):
-                    job.export(step)
-            if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
-                with phases("checkpoint"):
-                    job.save(step)
+            await finish_step(job, step, rollouts, experience, metrics)
     finally:
         await pipeline.close()
     return step

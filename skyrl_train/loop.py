@@ -117,12 +117,11 @@ class Job:
 
 async def train(job: Job, *, first_step: int = 0) -> int:
     """Runs the steps after `first_step` to the end or until `job.stop`; returns the last complete step."""
-    due, phases, step = job.schedule.due, job.phases, first_step
+    phases, step = job.phases, first_step
     if step == 0 and job.schedule.evaluate_first and job.schedule.evaluate_every > 0:
         job.log.flush(0, await evaluate(job, 0))
     while step < job.schedule.total_steps and not job.stop.is_set():
         step += 1
-        last = step == job.schedule.total_steps
         with phases("rollout"):
             selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
             rollouts = selected.rollouts
@@ -134,19 +133,27 @@ async def train(job: Job, *, first_step: int = 0) -> int:
             await sync_weights(job.engine, job.policy.export_weights())
         metrics |= rollouts.metrics() | selected.metrics | experience.metrics
         metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
-        job.log.step(step, rollouts, experience.advantages)
-        if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
-            metrics |= await evaluate(job, step)
-        # The checkpoint last: a kill before it does the step again, and its row and export are made anew; the other
-        # way round they would be lost. So the seconds of saving stand in the next step's row.
-        job.log.flush(step, metrics)
-        if due(job.schedule.export_every, step) or last:
-            with phases("export"):
-                job.export(step)
-        if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
-            with phases("checkpoint"):
-                job.save(step)
+        await finish_step(job, step, rollouts, experience, metrics)
     return step
+
+
+async def finish_step(
+    job: Job, step: int, rollouts: Rollouts, experience: Experience, metrics: dict[str, float]
+) -> None:
+    """What follows every update, in either loop: rollouts and metrics to the log, and what is due after `step`."""
+    due, phases, last = job.schedule.due, job.phases, step == job.schedule.total_steps
+    job.log.step(step, rollouts, experience.advantages)
+    if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
+        metrics |= await evaluate(job, step)
+    # The checkpoint last: a kill before it does the step again, and its row and export are made anew; the other
+    # way round they would be lost. So the seconds of saving stand in the next step's row.
+    job.log.flush(step, metrics)
+    if due(job.schedule.export_every, step) or last:
+        with phases("export"):
+            job.export(step)
+    if due(job.schedule.checkpoint_every, step) or last or job.stop.is_set():
+        with phases("checkpoint"):
+            job.save(step)
 
 
 async def roll_out(job: Job, prompts: Sequence[Prompt]) -> Rollouts:

@@ -180,7 +180,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
 async def _train(
     config: Config, job: Job, pipeline: RolloutPipeline | None, state: RunState, first_step: int, progress: Progress
 ) -> int:
-    """Runs the loop that is configured; the first Ctrl-C ends it after the step in flight, the second at once."""
+    """Runs the configured loop; the first Ctrl-C ends it after the step in flight, the second does not save it."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
