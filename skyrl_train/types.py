@@ -9,7 +9,7 @@ Ids and log-probabilities come from the engine and are never re-encoded from tex
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -40,13 +40,25 @@ class Prompt:
     extras: Mapping[str, Any] = field(default_factory=dict)
 
 
+GrammarKind = Literal["json_schema", "regex", "ebnf"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grammar:
+    """What a completion must follow: `text` is a JSON schema, a regular expression, or a grammar in EBNF."""
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one completion. Off values: `top_p` 1, `top_k` 0, `min_p` 0, penalties 1 / 0 / 0.
 
     `temperature` 0 is greedy. Order: penalties on the logits, temperature, top-k, top-p, min-p.
     `stop` strings and `stop_token_ids` end the completion and are kept in ids and log-probabilities.
-    `seed` makes the completion reproducible: token `i` depends on (seed, i) and the logits alone.
+    `seed` makes the completion reproducible where the engine can ("seed" in its capabilities): token `i` depends on
+    (seed, i) and the logits alone. An engine that can't leaves it unread, and the run says so once, at its start.
     """
 
     max_new_tokens: int
@@ -62,6 +74,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     seed: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
@@ -131,7 +144,7 @@ class Completion:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateRequest:
-    """One completion to make. Higher `priority` is served first. `adapter` None is the base model.
+    """One completion to make. Higher `priority` is served first. `adapter` None is the policy.
 
     `partial` is what an earlier, aborted attempt at this request made: sampling goes on after its last token, within
     the same budget, and the completion holds both parts with the versions that each was sampled under.
@@ -286,22 +299,41 @@ class LocalWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskWeights:
-    """A folder in HF format on a disk that both sides see."""
+    """A folder in HF format on a disk that both sides see; it stays as it is until the next update."""
 
     path: str
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class CopiedWeights:
-    """The engine in this process has a module of its own: these tensors are copied into it, by name.
+def _always() -> bool:
+    return True
 
-    Tensors that the update does not name stay as they are (LoRA changes the adapted matrices only).
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NamedWeights:
+    """The trainer's tensors by their name in a Hugging Face checkpoint, to be copied into an engine's own.
+
+    Tensors that the update does not name stay as they are (LoRA changes the adapted matrices only). A tied pair is
+    named once. `still_valid` is False once the trainer began to change the tensors: who reads them later, to bring a
+    restarted engine up to date, asks before and after, and what was read in between counts only if both say True.
     """
 
     tensors: Mapping[str, torch.Tensor]
+    still_valid: Callable[[], bool] = _always
 
 
-WeightSource = LocalWeights | CopiedWeights | DiskWeights
+@dataclass(frozen=True, kw_only=True, eq=False)
+class AdapterWeights:
+    """The policy is the base model with this LoRA adapter: `tensors` by peft's names, `config` as adapter_config.json.
+
+    Requests that name no adapter are answered with it from this update on.
+    """
+
+    tensors: Mapping[str, torch.Tensor]
+    config: Mapping[str, Any]
+    still_valid: Callable[[], bool] = _always
+
+
+WeightSource = LocalWeights | NamedWeights | AdapterWeights | DiskWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,12 @@ temperature (temperature), or the one that was drawn from, after penalties and t
 
 Capability = Literal[
     "abort",
-    "copied_weights",
+    "adapter_weights",
     "disk_weights",
     "local_weights",
     "lora",
     "min_p",
+    "named_weights",
     "penalties",
     "priority",
     "seed",
@@ -59,6 +60,9 @@ class EngineStats:
     num_evicted_tokens_total: int
     num_steps_total: int
     accept_len: float | None = None
+    num_sessions: int = 0
+    num_restarts_total: int = 0
+    num_resent_total: int = 0
 
     @property
     def cache_hit_frac(self) -> float:
@@ -93,9 +97,13 @@ class Engine(Protocol):
         """End these requests now: each returns its partial output with finish_reason "abort". Unknown ids are fine."""
         ...
 
-    async def open_session(self, capacity: int) -> str: ...
+    async def open_session(self, capacity: int) -> str:
+        """A new, empty session that holds at most `capacity` tokens; its id. Raises RequestRejected."""
+        ...
 
-    async def close_session(self, session_id: str) -> None: ...
+    async def close_session(self, session_id: str) -> None:
+        """Frees what it held; its running requests are aborted. An unknown id is fine: closing twice is closing."""
+        ...
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         """Stop stepping. keep: running requests freeze; wait: they finish first; abort: they end, output kept."""

@@ -15,7 +15,7 @@ from skyrl_train.training.experience import Experience
 from skyrl_train.training.mismatch import MismatchWatch
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
-from skyrl_train.types import CopiedWeights, LocalWeights, TrainBatch, TrainingSample, WeightUpdate
+from skyrl_train.types import LocalWeights, NamedWeights, TrainBatch, TrainingSample, WeightUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ class Learner:
         """The weights after the last update; to be copied by an engine that has a module of its own."""
         update = self.trainer.export_weights(self.trainer.version)
         if self.engine_has_copy and isinstance(update.source, LocalWeights):
-            return replace(update, source=CopiedWeights(tensors=self.trainer.model.state_dict()))
+            return replace(update, source=NamedWeights(tensors=self.trainer.model.state_dict()))
         return update
 
     def parts(self) -> Parts:

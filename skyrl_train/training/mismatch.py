@@ -27,7 +27,7 @@ from skyrl_train.errors import LogprobMismatchError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.model import PolicyHead
 from skyrl_train.training.trainer import PolicyTrainer
-from skyrl_train.types import CopiedWeights, TrainBatch, TrajectoryId
+from skyrl_train.types import NamedWeights, TrainBatch, TrajectoryId
 
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4}
 """Of hidden states, relative to their largest; half precision has `HALF_TOLERANCE`."""
@@ -174,7 +174,7 @@ def diagnose(
         theirs = engine.module.state_dict()
         source = trainer.export_weights(trainer.version).source
         # Adapters: the update names the matrices that it merged into; the engine shares all others.
-        ours = {**theirs, **source.tensors} if isinstance(source, CopiedWeights) else trainer.model.state_dict()
+        ours = {**theirs, **source.tensors} if isinstance(source, NamedWeights) else trainer.model.state_dict()
         tensor, weights = compare_weights(ours, theirs)
         weights = f"engine at version {engine.version()}, trainer at {trainer.version}: {weights}"
         assert isinstance(engine.module, PreTrainedModel), type(engine.module)

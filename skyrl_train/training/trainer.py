@@ -32,7 +32,7 @@ from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
 from skyrl_train.training.token_selection import select_tokens
-from skyrl_train.types import CopiedWeights, DiskWeights, LocalWeights, TrainBatch, WeightUpdate
+from skyrl_train.types import DiskWeights, LocalWeights, NamedWeights, TrainBatch, WeightUpdate
 
 WhichModel = Literal["policy", "reference"]
 
@@ -185,7 +185,7 @@ class PolicyTrainer:
             path = self.export(None, Path(folder) / f"version_{version}")
             return WeightUpdate(version=version, source=DiskWeights(path=str(path)))
         if self._adapters is not None:
-            return WeightUpdate(version=version, source=CopiedWeights(tensors=self._adapters.merged_tensors()))
+            return WeightUpdate(version=version, source=NamedWeights(tensors=self._adapters.merged_tensors()))
         return WeightUpdate(version=version, source=LocalWeights())
 
     def export(self, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:

@@ -22,7 +22,7 @@ from skyrl_train.training.lora import Adapters, LoraSettings
 from skyrl_train.training.model import load_model
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
-from skyrl_train.types import CopiedWeights, TrainingSample, WeightUpdate
+from skyrl_train.types import NamedWeights, TrainingSample, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
 from tests.engines.embedded.common import make_core, random_prompts, request
 from tests.engines.embedded.common import run as run_core
@@ -165,7 +165,7 @@ async def test_the_engine_serves_what_pefts_own_merge_gives(
     core = make_core(trainer.engine_model)
     learn(trainer, objective, steps=3)
     update = trainer.export_weights(3)
-    assert isinstance(update.source, CopiedWeights)
+    assert isinstance(update.source, NamedWeights)
     core.pause("keep")
     core.update_weights(update)
     core.resume()
@@ -218,7 +218,7 @@ def test_a_wrong_update_is_refused_and_leaves_the_engine_untouched(what: str, ob
     before = {name: p.clone() for name, p in trainer.engine_model.named_parameters()}
     core.pause("keep")
     with pytest.raises(WeightUpdateError, match="nothing was copied"):
-        core.update_weights(WeightUpdate(version=2, source=CopiedWeights(tensors=tensors)))
+        core.update_weights(WeightUpdate(version=2, source=NamedWeights(tensors=tensors)))
     assert all(torch.equal(p, before[name]) for name, p in trainer.engine_model.named_parameters())
     assert core.policy_version == 0
     core.resume()

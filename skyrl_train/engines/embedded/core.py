@@ -29,11 +29,12 @@ from skyrl_train.engines.embedded.uniforms import derived_seed
 from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights, plan_tensor_copy
 from skyrl_train.errors import RequestRejected, WeightUpdateError
 from skyrl_train.types import (
+    AdapterWeights,
     Completion,
-    CopiedWeights,
     DiskWeights,
     FinishReason,
     GenerateRequest,
+    NamedWeights,
     WeightSource,
     WeightUpdate,
 )
@@ -43,7 +44,7 @@ PauseState = Literal["running", "draining", "paused"]
 CAPABILITIES: frozenset[Capability] = frozenset(
     {
         "abort",
-        "copied_weights",
+        "named_weights",
         "disk_weights",
         "local_weights",
         "min_p",
@@ -146,6 +147,8 @@ class EngineCore:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestRejected(f"request {rid}: token id {bad} is outside the vocabulary of {self._vocab_size}")
+        if request.sampling.grammar is not None:
+            raise RequestRejected(f"request {rid}: engine {name} holds no completion to a grammar; leave it out")
         for stop_id in request.sampling.stop_token_ids:
             if not 0 <= stop_id < self._vocab_size:
                 raise RequestRejected(
@@ -327,8 +330,10 @@ class EngineCore:
         if isinstance(source, DiskWeights):
             plan = plan_disk_weights(self._model, source.path)
             return lambda: copy_disk_weights(self._model, plan)
-        if isinstance(source, CopiedWeights):
+        if isinstance(source, NamedWeights):
             return plan_tensor_copy(self._model, source.tensors)
+        if isinstance(source, AdapterWeights):
+            raise WeightUpdateError(f"engine {self.info.name} serves no adapters; send it the merged matrices")
         return None
 
     def flush_cache(self) -> None:
