@@ -16,10 +16,10 @@ quickstart: .venv/ready
 	$(BIN)/python -m skyrl_train.entrypoints.main_base
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu"
+	$(BIN)/python -m pytest -q -m "not slow and not gpu and not engines"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m "slow and not engines"
 
 check: .venv/ready
 	$(BIN)/ruff check .
