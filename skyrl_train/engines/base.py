@@ -101,6 +101,10 @@ class Engine(Protocol):
         """A new, empty session that holds at most `capacity` tokens; its id. Raises RequestRejected."""
         ...
 
+    async def clear_session(self, session_id: str) -> None:
+        """As newly opened, for its next user. Raises RequestRejected if it is unknown or requests run in it."""
+        ...
+
     async def close_session(self, session_id: str) -> None:
         """Frees what it held; its running requests are aborted. An unknown id is fine: closing twice is closing."""
         ...

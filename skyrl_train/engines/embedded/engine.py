@@ -190,6 +190,9 @@ class EmbeddedEngine:
     async def open_session(self, capacity: int) -> str:
         raise RequestRejected(f"engine {self.info.name} has no sessions; send whole prompts")
 
+    async def clear_session(self, session_id: str) -> None:
+        raise RequestRejected(f"engine {self.info.name} has no sessions; {session_id!r} was never open")
+
     async def close_session(self, session_id: str) -> None:
         raise RequestRejected(f"engine {self.info.name} has no sessions; {session_id!r} was never open")
 
