@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-gpu check format clean
+.PHONY: setup quickstart test test-slow test-gpu test-engines engines check format clean
 
 setup: .venv/ready
 
@@ -20,6 +20,13 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m "slow and not engines"
+
+engines:  # real SGLang and vLLM for the CPU, into .engines: 4 minutes, 6 GB, needs Python 3.11 and g++
+	$(PYTHON) scripts/engines/install.py
+
+test-engines: .venv/ready  # against the real servers; SKYRL_SGLANG_PYTHON and SKYRL_VLLM_PYTHON name others
+	$(PYTHON) scripts/engines/install.py --unless-named
+	SKYRL_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -q -m engines
 
 check: .venv/ready
 	$(BIN)/ruff check .
