@@ -92,7 +92,7 @@ class SessionBook:
         if session.num_taken - given_back + wanted > session.capacity:
             raise RequestRejected(
                 f"request {request_id}: session {ref.session_id} holds {session.num_taken - given_back} of "
-                f"{session.capacity} tokens, and {num_new} new ones with max_new_tokens={max_new_tokens} need {wanted}; "
+                f"{session.capacity} tokens, {num_new} new ones with max_new_tokens={max_new_tokens} need {wanted}; "
                 "open it with more capacity (generator.sessions.default_capacity)"
             )
         if earlier is not None:  # the request is made again: an aborted answer gives way

@@ -33,7 +33,7 @@ def test_capacity_counts_answers_on_their_way() -> None:
     session = book.open(10)
     root = SessionRef(session_id=session)
     book.reserve(root, "a", 2, 4)
-    with pytest.raises(RequestRejected, match=r"holds 6 of 10 tokens, and 2 new ones with max_new_tokens=3 need 5"):
+    with pytest.raises(RequestRejected, match=r"holds 6 of 10 tokens, 2 new ones with max_new_tokens=3 need 5"):
         book.reserve(root, "b", 2, 3)
     book.settle(root, "a", Node(parent=None, token_ids=(1, 2, 3)))
     book.reserve(root, "b", 2, 5)
@@ -55,7 +55,7 @@ def test_what_is_not_there_is_named() -> None:
         book.reserve(SessionRef(session_id=session, parent_request_id="x"), "a", 1, 1)
     book.close(session)
     book.close(session)
-    with pytest.raises(RequestRejected, match="no open session"):
+    with pytest.raises(RequestRejected, match="has no open session"):
         book.reserve(SessionRef(session_id=session), "a", 1, 1)
     with pytest.raises(RequestRejected, match="a session of 0 tokens"):
         book.open(0)
