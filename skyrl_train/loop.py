@@ -23,6 +23,7 @@ from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import Rollouts, run_groups
 from skyrl_train.rollout.pass_at_k import pass_at_k_metrics
+from skyrl_train.rollout.sessions import Sessions
 from skyrl_train.training.experience import Experience
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrajectoryId, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
@@ -108,6 +109,7 @@ class Job:
     seed: int
     max_failed_frac: float
     greedy_baseline: bool = False
+    sessions: Sessions | None = None
     log: RunLog
     phases: PhaseTimer
     save: Callable[[int], None]

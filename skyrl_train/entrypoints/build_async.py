@@ -41,6 +41,7 @@ def build_pipeline(config: Config, job: Job, make_agent: Callable[[GenerateFn], 
         num_ahead=keys.max_staleness_steps,
         max_in_flight=keys.num_parallel_generation_workers,
         stop_at_batch=keys.deterministic,
+        generate=None if job.sessions is None else job.sessions.generate,
     )
 
 

@@ -14,7 +14,7 @@ from skyrl_train.config.schema import Config
 from skyrl_train.config.schema_generator import SamplingParams as SamplingKeys
 from skyrl_train.data.chat import render_prompt
 from skyrl_train.data.rows import PromptRow, read_rows
-from skyrl_train.engines.base import GenerateFn
+from skyrl_train.engines.base import Engine, GenerateFn
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
 from skyrl_train.environments.base import EnvironmentFactory, find_environment
 from skyrl_train.environments.calculator import calculator_rows
@@ -23,6 +23,7 @@ from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.environment_pool import DEFAULT_WORKERS, EnvironmentPool
 from skyrl_train.rollout.own_agent import own_agent
+from skyrl_train.rollout.sessions import Sessions
 from skyrl_train.types import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -124,8 +125,29 @@ def _within(
     return fits
 
 
-def build_agent(config: Config, generate: GenerateFn, tokenizer: Any, data: Data) -> Agent:
-    """What runs the trajectories: ours, or the user's own with those of these arguments that it names."""
+def build_sessions(config: Config, engine: Engine) -> Sessions | None:
+    """The run's sessions, over which trajectories ask for tokens; None where they are off."""
+    keys = config.generator.sessions
+    if not keys.enabled:
+        return None
+    return Sessions(
+        engine, capacity=keys.default_capacity, max_idle=keys.max_pool_size if keys.pool_sessions else 0
+    )
+
+
+def build_agent(
+    config: Config,
+    generate: GenerateFn,
+    tokenizer: Any,
+    data: Data,
+    *,
+    engine: Engine,
+    sessions: Sessions | None = None,
+) -> Agent:
+    """What runs the trajectories: ours, or the user's own with those of these arguments that it names.
+
+    `generate` is where tokens are asked for: of `engine`, by way of `sessions` if there are any.
+    """
     arguments: dict[str, Any] = {
         "generate": generate,
         "tokenizer": tokenizer,
@@ -137,6 +159,8 @@ def build_agent(config: Config, generate: GenerateFn, tokenizer: Any, data: Data
         "use_conversation_multi_turn": config.generator.use_conversation_multi_turn,
         "chat_history": config.generator.chat_history,
         "pool": data.pool,
+        "sessions": sessions,
+        "later_turns_first": config.generator.scheduling.enable_priority and "priority" in engine.info.capabilities,
     }
     if config.generator.agent is None:
         agent = Agent(**arguments)

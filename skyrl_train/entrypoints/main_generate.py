@@ -38,7 +38,13 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
 
     from skyrl_train.data.stream import eval_prompts
     from skyrl_train.entrypoints.build import device_of, engine_over
-    from skyrl_train.entrypoints.build_rollouts import build_agent, load_data, load_tokenizer, sampling_params
+    from skyrl_train.entrypoints.build_rollouts import (
+        build_agent,
+        build_sessions,
+        load_data,
+        load_tokenizer,
+        sampling_params,
+    )
     from skyrl_train.entrypoints.extensions import check_extensions
     from skyrl_train.entrypoints.run import DONE
     from skyrl_train.errors import ConfigError
@@ -61,9 +67,11 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
     engine = engine_over(load_model(folder, dtype=dtype, device=device_of(config)), config, tokenizer)
 
     async def answers() -> Rollouts:
+        sessions = build_sessions(config, engine)
+        generate = engine.generate if sessions is None else sessions.generate
         try:
             return await run_groups(
-                build_agent(config, engine.generate, tokenizer, data),
+                build_agent(config, generate, tokenizer, data, engine=engine, sessions=sessions),
                 eval_prompts(data.held_out),
                 num_samples=config.generator.eval_n_samples_per_prompt,
                 sampling=sampling_params(config.generator.eval_sampling_params),
@@ -71,6 +79,8 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
                 max_failed_frac=config.environment.max_failed_frac,
             )
         finally:
+            if sessions is not None:
+                await sessions.close()
             await engine.close()
 
     rollouts = asyncio.run(answers())

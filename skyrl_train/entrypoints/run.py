@@ -24,9 +24,16 @@ from skyrl_train.config.load import LoadedConfig, plain
 from skyrl_train.config.schema import Config
 from skyrl_train.data.chat import response_text
 from skyrl_train.data.stream import PromptStream, eval_prompts
+from skyrl_train.engines.base import GenerateFn
 from skyrl_train.entrypoints.build import build_engine, build_experience, build_learner, build_selection, device_of
 from skyrl_train.entrypoints.build_async import build_async, build_pipeline
-from skyrl_train.entrypoints.build_rollouts import build_agent, load_data, load_tokenizer, sampling_params
+from skyrl_train.entrypoints.build_rollouts import (
+    build_agent,
+    build_sessions,
+    load_data,
+    load_tokenizer,
+    sampling_params,
+)
 from skyrl_train.entrypoints.extensions import check_extensions
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
@@ -37,6 +44,7 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 
@@ -136,6 +144,11 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
             resume_step=first_step or None,
             total_steps=total_steps,
         ) as log:
+            sessions = build_sessions(config, engine)
+
+            def agent(generate: GenerateFn) -> Agent:
+                return build_agent(config, generate, tokenizer, data, engine=engine, sessions=sessions)
+
             job = Job(
                 schedule=Schedule(
                     total_steps=total_steps,
@@ -146,7 +159,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 ),
                 prompts=prompts,
                 eval_prompts=eval_prompts(data.held_out),
-                agent=build_agent(config, engine.generate, tokenizer, data),
+                agent=agent(engine.generate if sessions is None else sessions.generate),
                 engine=engine,
                 policy=learner,
                 selection=build_selection(config),
@@ -158,13 +171,14 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 seed=keys.seed,
                 max_failed_frac=config.environment.max_failed_frac,
                 greedy_baseline=keys.algorithm.advantage_estimator == "remax",
+                sessions=sessions,
                 log=log,
                 phases=phases,
                 save=save,
                 export=export,
             )
             if keys.fully_async.enabled:
-                pipeline = build_pipeline(config, job, lambda generate: build_agent(config, generate, tokenizer, data))
+                pipeline = build_pipeline(config, job, agent)
             # What is built stays: without this the collector walks all of it every few steps.
             gc.collect()
             gc.freeze()
@@ -203,6 +217,8 @@ async def _train(
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
+        if job.sessions is not None:
+            await job.sessions.close()
         await job.engine.close()
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)

@@ -17,6 +17,7 @@ import logging
 import math
 import traceback
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,11 +28,13 @@ from skyrl_train.errors import EngineError, EnvironmentsStuck
 from skyrl_train.rollout.chat_turns import ChatHistory, ChatTurns
 from skyrl_train.rollout.environment_pool import EnvironmentPool
 from skyrl_train.rollout.hosted_environment import HostedEnvironment, numbers
+from skyrl_train.rollout.sessions import Sessions
 from skyrl_train.types import (
     GenerateRequest,
     Message,
     Prompt,
     SamplingParams,
+    SessionRef,
     Trajectory,
     TrajectoryId,
     TrajectoryStatus,
@@ -47,7 +50,9 @@ class Agent:
 
     A trajectory has at most `max_turns` answers and no prompt of more than `max_input_length` tokens, history included;
     one that either bound ends, or the length of an answer, is "truncated". `pool` None runs environments on the event
-    loop, with no deadline.
+    loop, with no deadline. With `sessions` each trajectory has one, and `generate` is, or leads to, theirs.
+    `later_turns_first` gives a turn's request its number as priority: what is nearly done ends first, and its history
+    is still in the cache.
     """
 
     generate: GenerateFn
@@ -60,6 +65,8 @@ class Agent:
     use_conversation_multi_turn: bool = True
     chat_history: ChatHistory = "exact"
     pool: EnvironmentPool | None = None
+    sessions: Sessions | None = None
+    later_turns_first: bool = False
 
     @functools.cached_property
     def chat(self) -> ChatTurns:
@@ -92,7 +99,10 @@ class Agent:
                 pool=self.pool,
             )
             try:
-                status = await self._converse(trajectory_id, prompt, prompt_token_ids, sampling, environment, made)
+                async with nullcontext() if self.sessions is None else self.sessions.one() as session:
+                    status = await self._converse(
+                        trajectory_id, prompt, prompt_token_ids, sampling, environment, session, made
+                    )
                 made.metrics.update(await environment.finish())
             except BaseException:
                 await environment.abandon()
@@ -122,6 +132,7 @@ class Agent:
         prompt_token_ids: tuple[int, ...],
         sampling: SamplingParams,
         environment: HostedEnvironment,
+        session: SessionRef | None,
         made: _Made,
     ) -> TrajectoryStatus:
         messages: list[Message] = list(await environment.init(prompt.messages))
@@ -139,6 +150,8 @@ class Agent:
                     request_id=request_id(trajectory_id, turn),
                     prompt_token_ids=prompt_token_ids,
                     sampling=turn_sampling(sampling, turn),
+                    session=session,
+                    priority=turn if self.later_turns_first else 0,
                 )
             )
             made.turns.append(Turn(prompt_token_ids=prompt_token_ids, completion=completion))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from skyrl_train.engines.base import Engine
+from skyrl_train.engines.base import Engine, GenerateFn
 from skyrl_train.rollout.journal import completion_from_json, completion_to_json
 from skyrl_train.types import Completion, GenerateRequest
 
@@ -55,8 +55,10 @@ class Gate:
     `num_expected` says how many trajectories will stand in line once everything has come to rest.
     """
 
-    def __init__(self, engine: Engine, num_expected: Callable[[], int]) -> None:
+    def __init__(self, engine: Engine, num_expected: Callable[[], int], *, generate: GenerateFn | None = None) -> None:
+        """`generate` None is the engine's own; another one leads there (sessions)."""
         self._engine = engine
+        self._generate = generate or engine.generate
         self._num_expected = num_expected
         self._is_open = False
         self._line: dict[str, tuple[int, asyncio.Future[None]]] = {}
@@ -91,9 +93,7 @@ class Gate:
             kept = self._same(record.partial.pop(name, None), prompt, record)
             self._in_flight[name] = None
             try:
-                answer = await self._engine.generate(
-                    request if kept is None else replace(request, partial=kept.completion)
-                )
+                answer = await self._generate(request if kept is None else replace(request, partial=kept.completion))
             finally:
                 del self._in_flight[name]
                 self.count_again()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from skyrl_train.data.stream import PromptStream
-from skyrl_train.engines.base import Engine
+from skyrl_train.engines.base import Engine, GenerateFn
 from skyrl_train.errors import CheckpointError
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.gate import Gate
@@ -73,7 +73,9 @@ class RolloutPipeline:
         num_ahead: int,
         max_in_flight: int,
         stop_at_batch: bool,
+        generate: GenerateFn | None = None,
     ) -> None:
+        """`generate` None is the engine's own."""
         self._stream = stream
         self._settings = settings
         self._num_ahead = num_ahead
@@ -85,7 +87,7 @@ class RolloutPipeline:
         self._num_started = 0
         self._num_unfinished = 0
         self._restored: dict[TrajectoryId, Trajectory] = {}
-        self.gate = Gate(engine, num_expected=lambda: min(self._max_in_flight, self._num_unfinished))
+        self.gate = Gate(engine, num_expected=lambda: min(self._max_in_flight, self._num_unfinished), generate=generate)
         self._agent = make_agent(self.gate)
 
     @property
