@@ -119,6 +119,10 @@ def adapters(checked: Checked) -> Iterator[Finding]:
 
 def metrics(checked: Checked) -> Iterator[Finding]:
     keys = checked.config.generator.metrics
+    if keys.endpoint_port is not None and not keys.enabled:
+        yield warning(
+            f"{checked.show('generator.metrics.endpoint_port')} has no effect: generator.metrics.enabled=false"
+        )
     if keys.export_to_file.enabled and keys.export_to_file.directory is None:
         yield error("generator.metrics.export_to_file.enabled=true needs generator.metrics.export_to_file.directory")
     for name in ("time_to_first_token", "inter_token_latency", "e2e_request_latency"):

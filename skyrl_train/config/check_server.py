@@ -31,6 +31,7 @@ _SPECULATION = ("enabled", "algorithm", "draft_model_path", "num_draft_tokens", 
 _VLLM_ALSO_READS = (
     *(f"generator.speculative_decoding.{name}" for name in _SPECULATION),
     "generator.metrics.enabled",
+    "generator.metrics.endpoint_port",
     "generator.metrics.tracing.enabled",
     "generator.metrics.tracing.otlp_endpoint",
     "generator.health_checks.startup_timeout_s",

@@ -94,13 +94,21 @@ class Sessions(Group):
     """Multi-turn requests that carry only their new tokens."""
 
     enabled: bool = Field(
-        False, description="Open an engine session for each trajectory, so that a turn sends only its new tokens."
+        False,
+        description="Open an engine session for each trajectory, so that a turn sends only its new tokens. A turn "
+        "whose history was rewritten starts again at the session's root.",
     )
-    default_capacity: Positive = Field(32_768, description="Tokens that one session may hold; more is an error.")
+    default_capacity: Positive = Field(
+        32_768,
+        description="Tokens that one session may hold; at least max_model_len. A trajectory that needs more (its "
+        "history was rewritten) goes on with whole prompts.",
+    )
     pool_sessions: bool = Field(
-        False, description="Reuse sessions, emptied, instead of opening one for each trajectory."
+        False,
+        description="Use a session for another trajectory, which starts at its root, as long as it has room for a "
+        "whole context; false opens one for each.",
     )
-    max_pool_size: Positive = Field(256, description="Sessions that the pool keeps at most.")
+    max_pool_size: Positive = Field(256, description="Sessions that wait for another trajectory at most.")
 
 
 class MetricsBuckets(Group):
@@ -166,7 +174,17 @@ class RequestLogging(Group):
 class Metrics(Group):
     """What the engine measures."""
 
-    enabled: bool = Field(False, description="Serve Prometheus metrics at /metrics of each engine.")
+    enabled: bool = Field(
+        False,
+        description="Serve Prometheus metrics: of the run and all its engines at one address on loopback, and at "
+        "/metrics of each server.",
+    )
+    endpoint_port: int | None = Field(
+        None,
+        ge=1,
+        le=65_535,
+        description="Port of the run's /metrics; null is a free one, which the run shows when it starts.",
+    )
     enable_for_all_schedulers: bool = Field(
         False, description="Every tensor-parallel rank reports, not just the first; for data-parallel attention."
     )
@@ -202,7 +220,11 @@ class Scheduling(Group):
     ) = Field(
         None, description="Order of waiting requests: fcfs first come first served, lpm longest cached prefix first, …"
     )
-    enable_priority: bool = Field(False, description="Serve requests by their priority, higher numbers first.")
+    enable_priority: bool = Field(
+        False,
+        description="Serve requests by their priority, higher numbers first. A rollout's is the number of its turn: "
+        "trajectories that are nearly done end first, while their history is in the cache.",
+    )
     low_priority_values_first: bool = Field(False, description="With enable_priority: lower numbers first.")
     preemption_threshold: NonNegative | None = Field(
         None,
