@@ -26,7 +26,7 @@ from skyrl_train.rollout.pass_at_k import pass_at_k_metrics
 from skyrl_train.rollout.sessions import Sessions
 from skyrl_train.training.experience import Experience
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, TrajectoryId, WeightUpdate
-from skyrl_train.weight_sync.sync import sync_weights
+from skyrl_train.weight_sync.sync import Turns, sync_weights
 
 
 class Policy(Protocol):
@@ -92,7 +92,8 @@ class Schedule:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run, built. `save` and `export` take the step that is complete; `stop` is set to end after this step."""
+    """A run, built. `save` and `export` take the step that is complete; `stop` is set to end after this step.
+    `turns` is there where trainer and engine share GPUs and can't both hold their memory."""
 
     schedule: Schedule
     prompts: PromptStream
@@ -110,6 +111,7 @@ class Job:
     max_failed_frac: float
     greedy_baseline: bool = False
     sessions: Sessions | None = None
+    turns: Turns | None = None
     log: RunLog
     phases: PhaseTimer
     save: Callable[[int], None]
@@ -127,12 +129,15 @@ async def train(job: Job, *, first_step: int = 0) -> int:
         with phases("rollout"):
             selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
             rollouts = selected.rollouts
+        if job.turns is not None:
+            with phases("engine_sleep"):
+                await job.turns.to_trainer(job.engine)
         with phases("advantages"):
             experience = job.experience(selected.groups)
         with phases("train"):
             metrics = job.policy.update(experience)
         with phases("weight_sync"):
-            await sync_weights(job.engine, job.policy.export_weights())
+            await sync_weights(job.engine, job.policy.export_weights(), turns=job.turns)
         metrics |= rollouts.metrics() | selected.metrics | experience.metrics
         metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
         await finish_step(job, step, rollouts, experience, metrics)

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from skyrl_train.config.check_server import sglang_findings, vllm_findings
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
+from skyrl_train.config.placement import take_turns
 
 EMBEDDED_KWARGS = ("attention_backend", "chunked_prefill", "extra_eos_token_ids", "kv_cache_tokens")
 DETERMINISTIC_KERNELS = ("ascend", "fa3", "fa4", "flashinfer", "intel_xpu", "triton")
@@ -78,7 +79,7 @@ def remote_engines(checked: Checked) -> Iterator[Finding]:
         yield error(
             f"{checked.show('generator.remote_inference_engine_urls')} needs generator.run_engines_locally=false"
         )
-    if not generator.run_engines_locally and checked.config.trainer.placement.colocate_all:
+    if not generator.run_engines_locally and take_turns(checked.config):
         yield error(
             "generator.run_engines_locally=false with trainer.placement.colocate_all=true: engines that somebody else "
             "runs can't share the trainer's GPUs; set trainer.placement.colocate_all=false"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from skyrl_train.config.check_environment import ENVIRONMENT_RULES, TASKS, generated_prompts
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
 from skyrl_train.config.keys import schema_keys
-from skyrl_train.config.placement import needs_critic, needs_reference
+from skyrl_train.config.placement import needs_critic, needs_reference, take_turns
 from skyrl_train.config.schema_trainer import PolicyOptimizer
 
 ESTIMATORS = ("grpo", "gae", "rloo", "reinforce++", "reinforce++_baseline", "remax")
@@ -237,12 +237,13 @@ def resuming(checked: Checked) -> Iterator[Finding]:
 def asynchronous(checked: Checked) -> Iterator[Finding]:
     keys = checked.config.trainer.fully_async
     if keys.enabled:
-        if checked.config.generator.backend != "embedded":
-            yield error(
-                f"{checked.show('trainer.fully_async.enabled')}: asynchronous training runs on the embedded engine so "
-                f"far, found generator.backend={checked.config.generator.backend}"
-            )
         trainer = checked.config.trainer
+        if take_turns(checked.config):
+            yield error(
+                f"{checked.show('trainer.fully_async.enabled')} generates while it trains, and "
+                f"{checked.show('trainer.placement.colocate_all')} makes them take turns on one GPU; set "
+                "trainer.placement.colocate_all=false"
+            )
         if (
             trainer.policy.model.lora.dropout
             and trainer.policy.model.lora.rank

@@ -13,7 +13,7 @@ from pathlib import Path
 from skyrl_train.config.model_shape import BUILTIN_PREFIX, find_model_folder
 from skyrl_train.config.placement import count_gpus
 from skyrl_train.config.schema import Config
-from skyrl_train.config.unbuilt import MAX_POLICY_GPUS, UNBUILT_BACKENDS
+from skyrl_train.config.unbuilt import MAX_POLICY_GPUS
 
 PROBE_TIMEOUT_S = 30.0
 INSTALL = {"sglang": '"sglang==0.5.23"', "vllm": '"vllm==0.26.0"'}
@@ -145,14 +145,6 @@ def _engine_gaps(config: Config) -> list[_Gap]:
                 needs=f"a trainer on {count} GPUs",
                 here=f"this version trains on {MAX_POLICY_GPUS}",
                 ways=(f"trainer.placement.policy_num_gpus_per_node={MAX_POLICY_GPUS}",),
-            )
-        )
-    if backend in UNBUILT_BACKENDS:
-        gaps.append(
-            _Gap(
-                needs=f"generator.backend={backend}",
-                here=UNBUILT_BACKENDS[backend],
-                ways=("generator.backend=embedded, without the keys that only servers have",),
             )
         )
     return gaps

@@ -58,3 +58,11 @@ def count_gpus(config: Config) -> GpuCount:
     return GpuCount(
         policy=policy, ref=ref, critic=critic, engines=engines, total=total, colocated=placement.colocate_all
     )
+
+
+def take_turns(config: Config) -> bool:
+    """Whether a server and the trainer share GPUs: one sleeps while the other works."""
+    placement = config.trainer.placement
+    return bool(
+        config.generator.backend != "embedded" and placement.colocate_all and placement.policy_num_gpus_per_node
+    )

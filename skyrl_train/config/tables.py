@@ -22,7 +22,7 @@ from skyrl_train.config.base import base_keys, default_of
 from skyrl_train.config.defaults import BACKEND_DEFAULTS, DERIVED_DEFAULTS
 from skyrl_train.config.example import full_example
 from skyrl_train.config.keys import schema_groups, schema_keys
-from skyrl_train.config.unbuilt import EVERY_BACKEND, UNBUILT, UNBUILT_BACKENDS
+from skyrl_train.config.unbuilt import EVERY_BACKEND, UNBUILT
 from skyrl_train.engines.sglang.args import ARGUMENTS, Argument
 
 ROOT = Path(__file__).parents[2]
@@ -90,7 +90,6 @@ def unbuilt_table() -> str:
     for row in UNBUILT:
         backends = "any" if len(row.backends) == len(EVERY_BACKEND) else ", ".join(row.backends)
         lines.append(f"| `{row.prefix}` | {backends} | {row.feature} | {_cell(row.instead)} |")
-    lines += [f"| `generator.backend={name}` | | {why} | --explain works |" for name, why in UNBUILT_BACKENDS.items()]
     return "\n".join(lines) + "\n"
 
 

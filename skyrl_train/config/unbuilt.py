@@ -86,6 +86,12 @@ UNBUILT: tuple[Unbuilt, ...] = (
         Unbuilt(prefix=f"generator.{key}", feature="an endpoint during training", instead="leave it out")
         for key in ("http_endpoint_host", "http_endpoint_port")
     ),
+    Unbuilt(
+        prefix="generator.disaggregation.mode",
+        feature="starting both halves and what routes between them",
+        instead="generator.remote_inference_engine_urls with the address of your own router",
+        backends=("sglang", "vllm"),
+    ),
     # The embedded engine
     Unbuilt(
         prefix="generator.sessions",
@@ -117,11 +123,17 @@ UNBUILT: tuple[Unbuilt, ...] = (
         instead="leave it out",
         backends=("embedded",),
     ),
-    Unbuilt(
-        prefix="generator.metrics",
-        feature="a metrics endpoint during training",
-        instead="runs/<run_name>/metrics.jsonl, or /metrics of skyrl_train.entrypoints.serve",
-        backends=("embedded",),
+    *(
+        Unbuilt(
+            prefix=f"generator.metrics.{key}",
+            feature="a server's own metrics and logs in the embedded engine",
+            instead="generator.metrics.enabled for the run's own, or runs/<run_name>/metrics.jsonl",
+            backends=("embedded",),
+        )
+        for key in (
+            *("enable_for_all_schedulers", "collect_tokens_histogram", "decode_log_interval", "mfu", "cache_report"),
+            *("expert_distribution", "log_level", "buckets", "export_to_file", "custom_labels", "tracing", "logging"),
+        )
     ),
     Unbuilt(
         prefix="generator.scheduling",
@@ -165,12 +177,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
 
 MAX_POLICY_GPUS = 1
 """GPUs that the trainer can use. With a server backend more are planned and explained, and refused at the start."""
-
-UNBUILT_BACKENDS: dict[Backend, str] = {
-    "sglang": "this version has no adapter for SGLang servers yet",
-    "vllm": "this version has no adapter for vLLM servers yet",
-}
-"""Accepted by --explain; a run ends in the report of what it needs (machine.py)."""
 
 
 def refuse_unbuilt(config: Config, sources: Sources) -> None:

@@ -50,7 +50,6 @@ def test_the_report_names_each_difference_and_what_closes_it() -> None:
         "trainer.placement.policy_num_gpus_per_node=0",
         "needs sglang in generator.engine_python=/no/such/python; here: no such program",
         'pip install "sglang==',
-        "generator.backend=embedded",
         "needs the model Qwen/Qwen2.5-7B-Instruct (trainer.policy.model.path)",
         "hf download Qwen/Qwen2.5-7B-Instruct --local-dir models/Qwen2.5-7B-Instruct",
         "trainer.policy.model.path=models/Qwen2.5-7B-Instruct",
@@ -61,19 +60,17 @@ def test_the_report_names_each_difference_and_what_closes_it() -> None:
     assert len(text.splitlines()) <= 24  # one screen
 
 
-def test_what_is_here_is_not_in_the_report(tmp_path: Path) -> None:
+def test_a_machine_that_has_all_of_it_gets_no_report(tmp_path: Path) -> None:
     python = interpreter_with_sglang(tmp_path / "env", "0.5.23")
-    text = report(
-        "generator.backend=sglang",
-        "trainer.placement.policy_num_gpus_per_node=1",
-        with_model(tmp_path),
-        f"generator.engine_python={python}",
-        machine=ONE_H200,
+    loaded = load_config(
+        [
+            "generator.backend=sglang",
+            "trainer.placement.policy_num_gpus_per_node=1",
+            with_model(tmp_path),
+            f"generator.engine_python={python}",
+        ]
     )
-    assert "GPU (" not in text.partition("\n\n")[2]
-    assert "needs sglang" not in text
-    assert "needs the model" not in text
-    assert "no adapter for SGLang servers yet" in text
+    assert capability_report(loaded.config, machine=ONE_H200) is None
 
 
 def test_more_gpus_than_here_says_how_many_there_are() -> None:

@@ -136,31 +136,17 @@ class Traffic:
             flight.ended_by_caller = True
             if flight.waiting is not None:
                 flight.waiting.cancel()
-        await self._ask_to_end(flights)
+        await self._end(flights)
 
     async def end_attempts(self, *, for_good: bool) -> None:
         """All attempts in the server return with what they have: to their callers, or to wait at the gate.
 
         A request that has no token yet has not begun, and waits in either case.
         """
-        loop = asyncio.get_running_loop()
-        deadline, pause_s = loop.time() + END_ATTEMPTS_TIMEOUT_S, 0.05
-        for flight in self._in_server():
+        flights = self._in_server()
+        for flight in flights:
             flight.ended_by_pause = for_good
-        while running := self._in_server():
-            await self._ask_to_end(running)
-            # An abort may overtake its request on the way to the server: asked again until all are back.
-            again = loop.time() + pause_s
-            while self._in_server() and (left := again - loop.time()) > 0:
-                self._left.clear()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._left.wait(), left)
-            pause_s = min(pause_s * 2, 2.0)
-            if loop.time() > deadline:
-                raise EngineUnavailable(
-                    f"engine {self._info.name}: {len(self._in_server())} requests did not end within "
-                    f"{END_ATTEMPTS_TIMEOUT_S:g} s of being aborted"
-                )
+        await self._end(flights)
 
     async def close_session(self, session_id: str) -> None:
         """Ends what runs in it; unknown ids are fine."""
@@ -280,11 +266,31 @@ class Traffic:
             flight.wire_id = None
             self._left.set()
 
-    async def _ask_to_end(self, flights: list[Flight]) -> None:
-        wires = [flight.wire_id for flight in flights if flight.wire_id is not None]
-        if wires and self.serving is not None:
-            with contextlib.suppress(EngineUnavailable):  # a server that is lost has ended them
-                await self.serving.life.client.abort(wires)
+    async def _end(self, flights: list[Flight]) -> None:
+        """The attempts that these are in now return. Raises EngineUnavailable after a while."""
+        loop = asyncio.get_running_loop()
+        deadline, pause_s = loop.time() + END_ATTEMPTS_TIMEOUT_S, 0.05
+        attempts = [(flight, flight.wire_id) for flight in flights if flight.wire_id is not None]
+
+        def running() -> list[str]:
+            return [wire for flight, wire in attempts if flight.wire_id == wire]
+
+        while wires := running():
+            if self.serving is not None:
+                with contextlib.suppress(EngineUnavailable):  # a server that is lost has ended them
+                    await self.serving.life.client.abort(wires)
+            # An abort may overtake its request on the way to the server: asked again until all are back.
+            again = loop.time() + pause_s
+            while running() and (left := again - loop.time()) > 0:
+                self._left.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._left.wait(), left)
+            pause_s = min(pause_s * 2, 2.0)
+            if loop.time() > deadline:
+                raise EngineUnavailable(
+                    f"engine {self._info.name}: {len(running())} requests did not end within "
+                    f"{END_ATTEMPTS_TIMEOUT_S:g} s of being aborted"
+                )
 
     def _in_server(self) -> list[Flight]:
         return [flight for flight in self._flights.values() if flight.wire_id is not None]
