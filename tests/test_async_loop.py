@@ -72,7 +72,7 @@ def make_job(*, own_weights: bool, selection: Selection | None = None) -> tuple[
         loss_fn=PolicyObjective(policy_loss=ppo_clip, reduction=token_mean),
         mini_batch_size=2,
         max_tokens_per_micro_batch=256,
-        engine_has_copy=own_weights,
+        weights_for="copy" if own_weights else "module",
     )
     engine = EmbeddedEngine(
         copy.deepcopy(model) if own_weights else model,

@@ -33,7 +33,7 @@ from skyrl_train.rollout.overlong import SoftPunishment
 from skyrl_train.rollout.selection import DynamicSampling, Selection
 from skyrl_train.training.critic import CriticTrainer, ValueNetwork
 from skyrl_train.training.experience import ExperienceMaker, KlInReward
-from skyrl_train.training.learner import Learner
+from skyrl_train.training.learner import Learner, WeightsFor
 from skyrl_train.training.lora import Adapters, LoraSettings
 from skyrl_train.training.model import check_same_tokens, load_model
 from skyrl_train.training.optimizer import OptimizerSettings
@@ -82,10 +82,17 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
         reference_in_loss=algorithm.use_kl_loss,
         kl_controller=kl_controller if needs_reference(config) else None,
         watch=mismatch_watch(algorithm),
-        engine_has_copy=keys.fully_async.enabled,
+        weights_for=weights_for(config),
         critic=_critic(config, model_folder, total_steps=total_steps) if needs_critic(config) else None,
         critic_mini_batch_size=keys.critic_mini_batch_size,
     )
+
+
+def weights_for(config: Config) -> WeightsFor:
+    """The form in which the engine takes new weights. A server gets the adapter where one is trained and served."""
+    if config.generator.backend == "embedded":
+        return "copy" if config.trainer.fully_async.enabled else "module"
+    return "adapter" if config.trainer.policy.model.lora.rank and config.generator.lora.enabled else "server"
 
 
 def _critic(config: Config, model_folder: Path, *, total_steps: int) -> CriticTrainer:

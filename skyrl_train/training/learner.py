@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Literal
 
 from skyrl_train.algorithms.kl_control import KlController
 from skyrl_train.algorithms.objective import LossFn
@@ -16,6 +17,10 @@ from skyrl_train.training.mismatch import MismatchWatch
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
 from skyrl_train.types import LocalWeights, NamedWeights, TrainBatch, TrainingSample, WeightUpdate
+
+WeightsFor = Literal["module", "copy", "server", "adapter"]
+"""What runs the policy: the trainer's own module, a copy of it in this process, a server with weights of its own, or
+one that has the untouched model and takes the adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ class Learner:
     reference_in_loss: bool = True
     kl_controller: KlController | None = None
     watch: MismatchWatch | None = None
-    engine_has_copy: bool = False
+    weights_for: WeightsFor = "module"
     critic: CriticTrainer | None = None
     critic_mini_batch_size: int | None = None  # None is the policy's
 
@@ -66,9 +71,14 @@ class Learner:
         }
 
     def export_weights(self) -> WeightUpdate:
-        """The weights after the last update; to be copied by an engine that has a module of its own."""
-        update = self.trainer.export_weights(self.trainer.version)
-        if self.engine_has_copy and isinstance(update.source, LocalWeights):
+        """The weights after the last update, in the form that the engine takes."""
+        version = self.trainer.version
+        if self.weights_for == "server":
+            return self.trainer.export_tensors(version)
+        if self.weights_for == "adapter":
+            return self.trainer.export_adapter(version)
+        update = self.trainer.export_weights(version)
+        if self.weights_for == "copy" and isinstance(update.source, LocalWeights):
             return replace(update, source=NamedWeights(tensors=self.trainer.model.state_dict()))
         return update
 

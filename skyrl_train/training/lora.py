@@ -12,6 +12,7 @@ reference is W' with the first A0 and B0, and an adapter for the untouched W is 
 from __future__ import annotations
 
 import copy
+import enum
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,8 @@ class Adapters:
         self._layers: dict[str, Any] = {
             name: module for name, module in model.named_modules() if hasattr(module, "lora_A")
         }
+        adapted = tuple(f"{name}." for name in self._layers)
+        self._not_adapted = [name for name, _ in model.named_modules() if not f"{name}.".startswith(adapted)]
         for name, layer in self._layers.items():
             # In float32 on any model: they are small, and so are their steps.
             a, b = layer.lora_A[ADAPTER].float(), layer.lora_B[ADAPTER].float()
@@ -147,19 +150,37 @@ class Adapters:
     def export(self, folder: Path) -> None:
         """Write adapter_config.json and adapter_model.safetensors: `peft.PeftModel.from_pretrained(base, folder)`."""
         folder.mkdir(parents=True, exist_ok=True)
-        config, tensors = copy.deepcopy(self._config), {}
-        twice = self.settings.init_method == "pissa"
-        if twice:  # s stays what it is
-            config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        self._exported_config().save_pretrained(str(folder))
+        tensors = {name: tensor.cpu() for name, tensor in self.exported_tensors().items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    @torch.no_grad()
+    def exported_tensors(self) -> dict[str, torch.Tensor]:
+        """Of the adapter for the untouched model, by peft's names: new tensors, which no update changes."""
+        tensors = {}
         for name, layer in self._layers.items():
             a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-            if twice:
+            if self.settings.init_method == "pissa":
                 a, b = torch.cat([a, layer.start_A]), torch.cat([b, -layer.start_B], dim=1)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a.cpu().contiguous()
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b.cpu().contiguous()
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
+        return tensors
+
+    def exported_config(self) -> dict[str, Any]:
+        """What adapter_config.json holds: plain values, as JSON has them."""
+        return {name: _plain(value) for name, value in self._exported_config().to_dict().items()}
+
+    def _exported_config(self) -> Any:
+        config = copy.deepcopy(self._config)
         config.inference_mode = True
-        config.save_pretrained(str(folder))
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if self.settings.target_modules == ALL_LINEAR:
+            # peft writes it out as every path; servers look at the last part of a name only.
+            short = {name.rpartition(".")[2] for name in self._layers}
+            says_the_same = not any(name.rpartition(".")[2] in short for name in self._not_adapted)
+            config.target_modules = short if says_the_same else set(self._layers)
+        if self.settings.init_method == "pissa":  # s stays what it is
+            config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        return config
 
     def _enable(self, enabled: bool) -> None:
         for layer in self._layers.values():
@@ -246,6 +267,16 @@ def _targets(model: PreTrainedModel, settings: LoraSettings) -> list[str] | str:
             f"train; its linear maps are {known}"
         )
     return named if by_name else ALL_LINEAR
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _fits(path: str, name: str) -> bool:

@@ -10,7 +10,7 @@ PPO, GRPO, SFT and distillation are recipes over these. One process here; shardi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -24,6 +24,7 @@ from skyrl_train.algorithms.reductions import Denominators
 from skyrl_train.data.pack import MicroBatch
 from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
+from skyrl_train.training.hf_tensors import checkpoint_tensors
 from skyrl_train.training.logprobs import TokenLogprobs
 from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
@@ -32,7 +33,7 @@ from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
 from skyrl_train.training.token_selection import select_tokens
-from skyrl_train.types import DiskWeights, LocalWeights, NamedWeights, TrainBatch, WeightUpdate
+from skyrl_train.types import AdapterWeights, DiskWeights, LocalWeights, NamedWeights, TrainBatch, WeightUpdate
 
 WhichModel = Literal["policy", "reference"]
 
@@ -64,6 +65,7 @@ class PolicyTrainer:
         """
         self.version = version
         self.last_step: StepStats | None = None
+        self._num_writes = 0
         self._model = model
         self._adapters = adapters
         self._engine_model = model if adapters is None else None
@@ -170,6 +172,7 @@ class PolicyTrainer:
 
     def optim_step(self) -> int:
         """One optimizer step on the gradients added so far; the new version. `last_step` has its figures."""
+        self._num_writes += 1
         self.last_step = self._optimizer.step()
         self.version += 1
         return self.version
@@ -179,14 +182,33 @@ class PolicyTrainer:
 
         Local weights are valid until the next `optim_step`.
         """
-        if version != self.version:
-            raise ValueError(f"version {version} was asked for, the trainer is at {self.version}")
+        self._check(version)
         if folder is not None:
             path = self.export(None, Path(folder) / f"version_{version}")
             return WeightUpdate(version=version, source=DiskWeights(path=str(path)))
         if self._adapters is not None:
             return WeightUpdate(version=version, source=NamedWeights(tensors=self._adapters.merged_tensors()))
         return WeightUpdate(version=version, source=LocalWeights())
+
+    def export_tensors(self, version: int) -> WeightUpdate:
+        """The tensors of `version` by their names in a checkpoint, for an engine that has weights of its own.
+
+        They are the model's own, valid until the next `optim_step` or `load` begins to change them; with adapters, new
+        ones of the matrices that have them, merged.
+        """
+        self._check(version)
+        if self._adapters is not None:
+            return WeightUpdate(version=version, source=NamedWeights(tensors=self._adapters.merged_tensors()))
+        source = NamedWeights(tensors=checkpoint_tensors(self._model), still_valid=self._until_written())
+        return WeightUpdate(version=version, source=source)
+
+    def export_adapter(self, version: int) -> WeightUpdate:
+        """The adapter of `version` in peft's form, for an engine that has the untouched model: new tensors."""
+        self._check(version)
+        assert self._adapters is not None, "this trainer has no adapters"
+        adapters = self._adapters
+        source = AdapterWeights(tensors=adapters.exported_tensors(), config=adapters.exported_config())
+        return WeightUpdate(version=version, source=source)
 
     def export(self, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
         """Write an HF folder that transformers loads: adapters are merged, and stand in `adapter/` in peft's format."""
@@ -203,6 +225,7 @@ class PolicyTrainer:
 
     def load(self, folder: str | Path) -> None:
         """Into the same tensors. Raises CheckpointError for another model's checkpoint; then nothing is valid."""
+        self._num_writes += 1
         try:
             self.version = load_model_state(Path(folder), self._kept, self._model, self._optimizer)["version"]
         except (OSError, RuntimeError, ValueError, KeyError) as exc:
@@ -210,6 +233,15 @@ class PolicyTrainer:
         if self._adapters is not None and self._engine_model is not None:
             for name, merged in self._adapters.merged_tensors().items():
                 self._engine_model.get_parameter(name).data.copy_(merged)
+
+    def _check(self, version: int) -> None:
+        if version != self.version:
+            raise ValueError(f"version {version} was asked for, the trainer is at {self.version}")
+
+    def _until_written(self) -> Callable[[], bool]:
+        """True until the weights begin to change."""
+        now = self._num_writes
+        return lambda: self._num_writes == now
 
     def _reference_in_place(self) -> AbstractContextManager[None]:
         if self._reference_is_start:
