@@ -48,6 +48,15 @@ def _json(value: Any) -> str:
     return json.dumps(value, sort_keys=True)
 
 
+CONTEXT_RESERVE = 7
+"""SGLang serves a prompt that is at least 7 tokens shorter than its context, and ends an answer 2 tokens before the
+context is full, with finish reason length and without a word: all of max_model_len is served with 7 tokens more."""
+
+
+def _with_reserve(value: int) -> int:
+    return value + CONTEXT_RESERVE
+
+
 def _upper(value: Any) -> str:
     return str(value).upper()
 
@@ -101,7 +110,7 @@ ARGUMENTS: tuple[Argument, ...] = (
         _arg("gpu_memory_utilization", "mem_fraction_static", "by free memory"),
         _arg("max_num_batched_tokens", "max_prefill_tokens", "16384"),
         _arg("max_num_seqs", "max_running_requests", "by free memory"),
-        _arg("max_model_len", "context_length", "the model's"),
+        _arg("max_model_len", "context_length", "the model's", convert=_with_reserve),
         _arg("enable_prefix_caching", "disable_radix_cache", convert=_inverted),
         _arg("random_seed", "random_seed", "drawn"),
         _arg("trust_remote_code", "trust_remote_code", "false"),

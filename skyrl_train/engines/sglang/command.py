@@ -8,6 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.engines.sglang.args import ARGUMENTS
+from skyrl_train.engines.sglang.derived import cpu_arguments, lora_arguments
 
 if TYPE_CHECKING:
     # The configuration's checks import this module: at run time the import goes one way.
@@ -50,7 +51,9 @@ def switch_of(key: str) -> str | None:
 
 
 def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
-    """ServerArgs fields for one engine. Keys that are null are left to SGLang; host, port and GPUs are set at start."""
+    """ServerArgs fields for one engine. Keys that are null follow from others (derived.py) or are left to SGLang; host,
+    port and GPUs are set at start.
+    """
     arguments: dict[str, Any] = {}
     for argument in ARGUMENTS:
         value = attrgetter(argument.key)(config)
@@ -65,9 +68,10 @@ def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
     if "attn_dp_size" in arguments:
         # One size now says what a flag beside dp_size said before.
         arguments["attn_dp_size"] = arguments.pop("dp_size")
+    arguments = lora_arguments(config) | arguments
     placement = config.trainer.placement
     if not placement.policy_num_gpus_per_node:
-        arguments["device"] = "cpu"
+        arguments = cpu_arguments(config, release=release) | arguments
     elif placement.colocate_all:
         arguments["enable_memory_saver"] = True
     return arguments | config.generator.engine_init_kwargs
