@@ -52,7 +52,12 @@ PROOF = {
         "print('vllm', vllm.__version__, 'torch', torch.__version__, 'transformers', transformers.__version__)\n"
     ),
 }
-PROOF_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+PROOF_ENVIRONMENT = {
+    "PYTHONWARNINGS": "ignore",
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
 
 
 def main() -> None:
