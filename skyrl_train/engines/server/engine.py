@@ -20,7 +20,7 @@ from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMod
 from skyrl_train.engines.server.client import ServerClient, ServerFigures, ServerTraits
 from skyrl_train.engines.server.lifeline import Life, Lifeline
 from skyrl_train.engines.server.traffic import FIRST_BUSY_WAIT_S, Serving, Traffic
-from skyrl_train.errors import EngineUnavailable, RequestRejected, SkyRLError, WeightUpdateError
+from skyrl_train.errors import EngineUnavailable, RequestRejected, SkyRLError, WeightsTorn, WeightUpdateError
 from skyrl_train.types import AdapterWeights, Completion, DiskWeights, GenerateRequest, NamedWeights, WeightUpdate
 from skyrl_train.weight_sync.folder import read_weights
 from skyrl_train.weight_sync.plan import WeightPlan
@@ -241,10 +241,13 @@ class ServerEngine:
         life = self._life
         try:
             await self._give(life, update)
-        except WeightUpdateError:
-            if self._lifeline.is_running():
+        except WeightUpdateError as exc:
+            # A refused update is the trainer's to know. A server that died of it, or was left with no whole weights,
+            # is started again with these.
+            torn = isinstance(exc, WeightsTorn) and self._lifeline.is_ours
+            if self._lifeline.is_running() and not torn:
                 raise
-            await self._lost(life, "it ended during a weight update")
+            self._begin_revival(life, f"during an update to version {update.version}: {exc}")
             await self._revived()
             self._check_open()
             if not self._is_at(update):
