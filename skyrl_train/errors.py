@@ -6,6 +6,7 @@
         RequestRejected      this request can never be served as it is; do not retry
         EngineUnavailable    the engine is gone or closed; a retry on another engine is safe
         WeightUpdateError    nothing was served from half-loaded weights; the engine stays paused
+          WeightsTorn        the server has neither the old nor the new ones
       EnvironmentFailure     a reward or an environment raised: one trajectory fails
         EnvironmentTimeout   a call of it is over its deadline: one trajectory fails
         EnvironmentsStuck    no worker is left that could run an environment: the run ends
@@ -46,6 +47,10 @@ class EngineUnavailable(EngineError):
 
 class WeightUpdateError(EngineError):
     """The update was refused or failed. The engine stays paused until a whole update succeeds."""
+
+
+class WeightsTorn(WeightUpdateError):
+    """The update broke off after it had begun to change the model: only a whole update or a restart makes it right."""
 
 
 class EnvironmentFailure(SkyRLError):

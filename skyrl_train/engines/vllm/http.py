@@ -1,0 +1,72 @@
+"""Requests to one vLLM server: one pool of connections, deadlines, and errors mapped once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import aiohttp
+
+from skyrl_train.engines.vllm.answers import refusal
+from skyrl_train.errors import EngineUnavailable
+
+CALL_TIMEOUT_S = 60.0
+CONNECT_TIMEOUT_S = 10.0
+KEEP_ALIVE_S = 2.0
+"""vLLM closes idle connections after 5 s. One that both sides end at once would lose a request, so ours end first."""
+
+
+class Http:
+    """`base_url` has no slash at its end. Connections open at the first call, in the loop that makes it."""
+
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session: aiohttp.ClientSession | None = None
+
+    async def post(
+        self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = CALL_TIMEOUT_S
+    ) -> Any:
+        """The answer's JSON, or its text where it isn't JSON. `timeout_s` None waits as long as the server lives.
+
+        Raises what `answers.refusal` says for any status but 200, EngineUnavailable when nobody answers.
+        """
+        return await self._call("POST", path, {} if body is None else body, timeout_s)
+
+    async def get(self, path: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
+        return await self._call("GET", path, None, timeout_s)
+
+    async def close(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
+        what = f"{method} {self.base_url}{path}"
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        data = None if body is None else json.dumps(body).encode()
+        headers = {} if data is None else {"Content-Type": "application/json"}
+        try:
+            async with self._open().request(
+                method, self.base_url + path, data=data, headers=headers, timeout=timeout
+            ) as response:
+                text = await response.text()
+        except (TimeoutError, aiohttp.ClientError, OSError) as exc:
+            why = f"no answer in {timeout_s:g} s" if isinstance(exc, asyncio.TimeoutError) and timeout_s else repr(exc)
+            raise EngineUnavailable(f"{what}: {why}") from exc
+        if response.status != 200:
+            raise refusal(response.status, text, what=what)
+        if "json" not in response.headers.get("Content-Type", ""):
+            return text
+        try:
+            return json.loads(text)
+        except ValueError as exc:
+            raise EngineUnavailable(f"{what}: the answer is no JSON: {text[:200]!r}") from exc
+
+    def _open(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        return self._session
