@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from skyrl_receiver.transfer import SkyRLTransferEngine
+from .transfer import SkyRLTransferEngine
 
 BACKEND = "skyrl"
 
