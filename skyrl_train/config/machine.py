@@ -14,6 +14,7 @@ from skyrl_train.config.model_shape import BUILTIN_PREFIX, find_model_folder
 from skyrl_train.config.placement import count_gpus
 from skyrl_train.config.schema import Config
 from skyrl_train.config.unbuilt import MAX_POLICY_GPUS
+from skyrl_train.engines.server.environment import as_process_environment, engine_environment, engine_python
 
 PROBE_TIMEOUT_S = 30.0
 INSTALL = {"sglang": '"sglang==0.5.23"', "vllm": '"vllm==0.26.0"'}
@@ -55,16 +56,25 @@ def engine_release(config: Config) -> str | None:
     package = config.generator.backend
     if package == "embedded":
         return None
-    python = config.generator.engine_python
-    if python is None or Path(python).expanduser().resolve() == Path(sys.executable).resolve():
+    python, extra = config.generator.engine_python, config.generator.engine_environment
+    # Not resolved: the interpreters of two virtual environments are links to one file.
+    ours = Path(engine_python(python)).absolute() == Path(sys.executable).absolute()
+    if ours and not extra:
         try:
             return metadata.version(package)
         except metadata.PackageNotFoundError:
             return None
     code = f"from importlib.metadata import version; print(version({package!r}))"
     try:
-        command = [str(Path(python).expanduser()), "-c", code]
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False)
+        program = engine_python(python)
+        answer = subprocess.run(
+            [program, "-c", code],
+            capture_output=True,
+            text=True,
+            timeout=PROBE_TIMEOUT_S,
+            check=False,
+            env=as_process_environment(engine_environment(program, extra)),
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() or None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from skyrl_train.config.machine import Machine
 from skyrl_train.config.model_shape import BUILTIN_PREFIX, BYTES_PER_NUMBER, ModelShape, read_model_shape
 from skyrl_train.config.placement import GpuCount, count_gpus, gpus_per_engine, needs_critic, needs_reference
 from skyrl_train.config.schema import Config
+from skyrl_train.engines.server.environment import engine_python
 from skyrl_train.engines.sglang.command import command_line as sglang_command
 from skyrl_train.engines.sglang.command import server_arguments
 from skyrl_train.engines.vllm.args import command_line as vllm_command
@@ -93,18 +92,23 @@ def engine_commands(config: Config, *, release: str) -> list[list[str]]:
     generator = config.generator
     if generator.backend == "embedded" or not generator.run_engines_locally:
         return []
-    python = str(Path(generator.engine_python).expanduser()) if generator.engine_python else sys.executable
-    per_engine = gpus_per_engine(config)
+    python = engine_python(generator.engine_python)
     commands = []
     for index in range(generator.num_inference_engines):
         if generator.backend == "vllm":
             commands.append(vllm_command(config, python=python))
             continue
-        arguments = server_arguments(config, release=release)
-        if config.trainer.placement.policy_num_gpus_per_node and per_engine:
-            arguments["base_gpu_id"] = _first_gpu(config, index * per_engine)
-        commands.append(sglang_command(arguments, python=python))
+        commands.append(sglang_command(engine_arguments(config, index, release=release), python=python))
     return commands
+
+
+def engine_arguments(config: Config, index: int, *, release: str) -> dict[str, Any]:
+    """SGLang's ServerArgs of engine `index`, as it is started and as --explain shows it."""
+    arguments = server_arguments(config, release=release)
+    per_engine = gpus_per_engine(config)
+    if config.trainer.placement.policy_num_gpus_per_node and per_engine:
+        arguments["base_gpu_id"] = _first_gpu(config, index * per_engine)
+    return arguments
 
 
 def plan_lines(plan: Plan) -> list[str]:

@@ -100,6 +100,11 @@ class Generator(Group):
         description="The Python interpreter that has SGLang or vLLM installed: servers pin their own torch and "
         "live in an environment of their own. null is the interpreter that runs this command.",
     )
+    engine_environment: dict[str, str] = Field(
+        default_factory=dict,
+        description="Environment variables for the engine servers, beside our own, as {CUDA_MODULE_LOADING: LAZY}. Our "
+        "PYTHONPATH is not passed on: one that the server needs stands here.",
+    )
     engine_init_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="Further arguments for the engine, by its own names; not one that a key here writes.",

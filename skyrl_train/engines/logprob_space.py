@@ -28,6 +28,8 @@ class Sampling(Protocol):
     def min_new_tokens(self) -> int: ...
 
 
+_TRUNCATION = ("top_p", "top_k", "min_p")
+
 _OFF = {
     "top_p": 1.0,
     "top_k": 0,
@@ -51,7 +53,11 @@ def comparable(space: LogprobSpace, sampling: Sampling) -> str | None:
     """
     if space == "raw" and sampling.temperature != 1.0:
         return f"the engine gives log-probabilities at temperature 1, the trainer those at {sampling.temperature}"
-    if space == "sampled" and (settings := reshaping(sampling)):
+    if space == "penalised":
+        settings = [setting for setting in reshaping(sampling) if setting.partition("=")[0] not in _TRUNCATION]
+    else:
+        settings = reshaping(sampling) if space == "sampled" else []
+    if settings:
         return (
             f"the engine gives log-probabilities after {', '.join(settings)}, the trainer computes those of the whole "
             "distribution"

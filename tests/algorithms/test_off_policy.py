@@ -138,7 +138,7 @@ def test_a_wild_ratio_stays_finite() -> None:
 SAMPLING = partial(SamplingParams, max_new_tokens=4)
 
 
-@pytest.mark.parametrize("space", ["raw", "temperature", "sampled"])
+@pytest.mark.parametrize("space", ["raw", "temperature", "penalised", "sampled"])
 def test_plain_sampling_is_comparable_and_correctable_in_every_space(space: Any) -> None:
     assert comparable(space, SAMPLING()) is None and correctable(space, SAMPLING()) is None
 
@@ -169,3 +169,11 @@ def test_truncation_and_penalties_can_be_compared_and_not_corrected(setting: dic
     assert f"{name}={value}" in str(comparable("sampled", SAMPLING(**setting)))
     for space in ("raw", "temperature", "sampled"):
         assert f"{name}={value}" in str(correctable(space, SAMPLING(**setting)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "presence_penalty", "frequency_penalty", "min_new_tokens"])
+def test_penalised_logprobs_are_not_comparable_with_penalties(name: str) -> None:
+    reason = comparable("penalised", SAMPLING(**{name: 2}, top_p=0.9))
+    assert reason is not None and f"after {name}=2," in reason and "top_p" not in reason
+    assert comparable("penalised", SAMPLING(top_p=0.9, top_k=5, min_p=0.1, temperature=0.7)) is None
+    assert "top_p=0.9" in str(correctable("penalised", SAMPLING(top_p=0.9)))

@@ -22,6 +22,7 @@ from skyrl_train.engines.base import Occupant
 from skyrl_train.engines.server.client import Attempt, AttemptResult, ServerFigures, ServerTraits
 from skyrl_train.engines.sglang.adapters import AdapterFolders
 from skyrl_train.engines.sglang.answers import attempt_result, prompt_logprobs
+from skyrl_train.engines.sglang.args import CONTEXT_RESERVE
 from skyrl_train.engines.sglang.figures import Counts, server_figures
 from skyrl_train.engines.sglang.identity import check_identity
 from skyrl_train.engines.sglang.sampling import cut_ids, sampling_fields
@@ -44,6 +45,8 @@ class SGLangClient:
     """One running server. `expected` are the ServerArgs that it must have been started with (see launch.py).
 
     `vocab_size` bounds token ids; without it only negative ones are refused. `bos_token_id` is the tokenizer's.
+    `context_length` is the server's own, which it does not serve to its end (args.CONTEXT_RESERVE). `greedy_only`: it
+    samples nothing (traits.samples_greedily). `batched`: it can answer the requests of a batch one by one.
     `health_path` is what `is_healthy` asks: "/health" of a server that runs with
     SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION=0, as launch.py starts it; of others an answer of "/model_info".
     """
@@ -58,6 +61,9 @@ class SGLangClient:
         api_key: str | None = None,
         expected: Mapping[str, Any] | None = None,
         health_path: str = "/model_info",
+        context_length: int | None = None,
+        has_metrics: bool = False,
+        greedy_only: bool = False,
         adapter_folder: Path | None = None,
         batched: bool = True,
     ) -> None:
@@ -69,6 +75,9 @@ class SGLangClient:
         self._vocab_size = vocab_size
         self._bos_token_id = bos_token_id
         self._expected = dict(expected or {})
+        self._context_length = context_length
+        self._has_metrics = has_metrics
+        self._greedy_only = greedy_only
         self._health_path = health_path
         self._in_flight: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
         self._chores: set[asyncio.Task[None]] = set()
@@ -202,7 +211,7 @@ class SGLangClient:
         return server_figures(loads, await self.metrics_text(), self._counts)
 
     async def metrics_text(self) -> str:
-        if not self._expected.get("enable_metrics"):
+        if not self._has_metrics:
             return ""
         return await self._wire.get("/metrics", what=f"{self._name}: metrics")
 
@@ -218,6 +227,19 @@ class SGLangClient:
     def _token_ids(self, attempt: Attempt, what: str) -> tuple[int, ...]:
         ids = attempt.token_ids
         self._check_ids(ids, what)
+        if self._greedy_only and attempt.sampling.temperature:
+            raise RequestRejected(
+                f"{what}: temperature={attempt.sampling.temperature:g}: SGLang on a CPU takes the likeliest token when "
+                "it speculates, whatever the temperature; turn generator.speculative_decoding.enabled off"
+            )
+        if self._context_length is not None:
+            room = self._context_length - CONTEXT_RESERVE
+            if len(ids) + attempt.sampling.max_new_tokens > room:
+                raise RequestRejected(
+                    f"{what}: {len(ids)} tokens and max_new_tokens={attempt.sampling.max_new_tokens} are more than the "
+                    f"context of {room}; lower generator.max_input_length or "
+                    "generator.sampling_params.max_generate_length, or raise generator.max_model_len"
+                )
         session = attempt.session
         if session is not None and session.parent_wire_id is not None and ids[0] == self._bos_token_id:
             return (ids[0], *ids)  # the server drops the first

@@ -77,11 +77,16 @@ def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
     return arguments | config.generator.engine_init_kwargs
 
 
+def flag_of(field: str) -> str:
+    """The option of the command line that sets a field of ServerArgs."""
+    return f"--{_FLAGS.get(field) or field.replace('_', '-')}"
+
+
 def command_line(arguments: Mapping[str, Any], *, python: str) -> list[str]:
     """The server's command; `true` is a bare flag, a list several words, a mapping JSON."""
     words = [python, "-m", "sglang.launch_server"]
     for field, value in arguments.items():
-        flag = f"--{_FLAGS.get(field) or field.replace('_', '-')}"
+        flag = flag_of(field)
         if value is True:
             words.append(flag)
         elif isinstance(value, (list, tuple)):

@@ -18,9 +18,10 @@ def sampling_fields(sampling: SamplingParams, capabilities: frozenset[Capability
 
     Differences: top_k is -1 when off. With `ignore_eos` it looks at no stop ids either (`cut_ids`), and its
     min_new_tokens forbids the end token all the same, so it is left out where nothing could end the answer. A stop
-    string ends an answer before min_new_tokens. A seed is read with deterministic inference only. Raises
-    RequestRejected.
+    string ends an answer before min_new_tokens. A seed is read with deterministic inference only. What the server does
+    otherwise while it speculates is not in its capabilities (traits.py). Raises RequestRejected.
     """
+    _refuse_unable(sampling, capabilities, what)
     fields: dict[str, Any] = {"max_new_tokens": sampling.max_new_tokens, "temperature": sampling.temperature}
     if sampling.top_p != 1.0:
         fields["top_p"] = sampling.top_p
@@ -45,8 +46,6 @@ def sampling_fields(sampling: SamplingParams, capabilities: frozenset[Capability
     if sampling.seed is not None and "seed" in capabilities:
         fields["sampling_seed"] = sampling.seed
     if sampling.grammar is not None:
-        if "structured_output" not in capabilities:
-            raise RequestRejected(f"{what}: this server has no grammar backend; it can't follow a grammar")
         fields[sampling.grammar.kind] = sampling.grammar.text
     return fields
 
@@ -54,6 +53,28 @@ def sampling_fields(sampling: SamplingParams, capabilities: frozenset[Capability
 def cut_ids(sampling: SamplingParams) -> frozenset[int]:
     """Ids at which the answer is cut here: SGLang goes on past them, and what is before them is the same."""
     return frozenset(sampling.stop_token_ids) if sampling.ignore_eos else frozenset()
+
+
+def _refuse_unable(sampling: SamplingParams, capabilities: frozenset[Capability], what: str) -> None:
+    if sampling.grammar is not None and "structured_output" not in capabilities:
+        raise RequestRejected(f"{what}: this server has no grammar backend; it can't follow a grammar")
+    if sampling.min_p and "min_p" not in capabilities:
+        raise RequestRejected(f"{what}: min_p={sampling.min_p}: SGLang ignores it while it speculates; leave it out")
+    penalties = [
+        f"{name}={getattr(sampling, name)}"
+        for name, off in (
+            ("repetition_penalty", 1),
+            ("presence_penalty", 0),
+            ("frequency_penalty", 0),
+            ("min_new_tokens", 0),
+        )
+        if getattr(sampling, name) != off
+    ]
+    if penalties and "penalties" not in capabilities:
+        raise RequestRejected(
+            f"{what}: {', '.join(penalties)}: SGLang counts steps, not tokens, while it speculates; leave it out, or "
+            "turn generator.speculative_decoding.enabled off"
+        )
 
 
 def _least(sampling: SamplingParams, what: str) -> Mapping[str, int]:
