@@ -160,15 +160,16 @@ class TrainerGroup:
         self._backend = self._store = None
 
     def _send(self, tensor: torch.Tensor, deadline_s: float) -> None:
+        backend = self._backend
         options = dist.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         if self.address.backend == "gloo":
             options.timeout = timedelta(seconds=deadline_s)
-            self._backend.broadcast([tensor], options).wait()
+            backend.broadcast([tensor], options).wait()
             return
         # The CPU must not wait inside NCCL, where nothing could end it: it looks, and leaves when the group is closed.
         with torch.cuda.device(self._device):
-            work = self._backend.broadcast([tensor], options)
+            work = backend.broadcast([tensor], options)
             while not work.is_completed():
                 if self._closed.is_set():
                     raise WeightUpdateError("the broadcast was given up")
@@ -185,11 +186,15 @@ class TrainerGroup:
         if self._release is not None and not sending.done():
             await _settle(asyncio.ensure_future(_quietly(self._release)))
         await _settle(sending)
+        # With the last reference gloo's sockets close, which ends a server that is still in its receive.
+        self._backend = self._store = None
 
 
 async def _both(first: asyncio.Future[Any], second: asyncio.Future[Any], *, deadline_s: float) -> None:
-    """Waits for both; raises what failed, and leaves the other to the caller. When the group fails first, the server gets
-    a moment to fail too: it knows the reason."""
+    """Waits for both; raises what failed and leaves the other to the caller.
+
+    When the group fails first, the server gets a moment to fail too: it knows the reason.
+    """
     done, pending = await asyncio.wait({first, second}, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
     errors = [error for future in done if (error := future.exception()) is not None]
     if errors and second in done and pending:

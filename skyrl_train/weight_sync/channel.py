@@ -21,6 +21,13 @@ class WeightChannel(Protocol):
         """Once the server is up, and again after each restart of it (what an earlier open made is dropped)."""
         ...
 
+    async def prepare(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        """What of `push` needs no pause: called before it with the same arguments, while requests run. Optional.
+
+        The server is not touched. Raises WeightUpdateError; the engine goes on with its old weights then.
+        """
+        return
+
     async def push(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """All of the plan's tensors, in its order; then the server's cache is empty and its version is str(version)."""
         ...

@@ -156,6 +156,6 @@ async def test_workers_that_never_come_end_the_setup_at_its_deadline() -> None:
     async def says_yes(address: GroupAddress) -> None:
         return None
 
-    with pytest.raises(WeightUpdateError, match="no worker of 1|did not come"):
+    with pytest.raises(WeightUpdateError, match=r"no worker of 1|did not come"):
         await TrainerGroup.form(backend="gloo", name="g", num_workers=1, join=says_yes, deadline_s=0.5)
     assert in_collectives() == []
