@@ -119,6 +119,12 @@ class PolicyHead:
         other.model, other._head = model, model.get_output_embeddings()  # type: ignore[no-untyped-call]
         return other
 
+    def at_temperature(self, temperature: float) -> PolicyHead:
+        """The same model, read at another temperature."""
+        other = copy.copy(self)
+        other.temperature = temperature
+        return other
+
     def __call__(
         self,
         token_ids: torch.Tensor,

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.algorithms.policy_losses import LossInputs
 from skyrl_train.algorithms.reductions import Denominators
-from skyrl_train.data.pack import MicroBatch
+from skyrl_train.data.pack import MicroBatch, pack
 from skyrl_train.errors import CheckpointError
 from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.hf_tensors import checkpoint_tensors
@@ -33,7 +33,16 @@ from skyrl_train.training.offload import HostMemory
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
 from skyrl_train.training.token_selection import select_tokens
-from skyrl_train.types import AdapterWeights, DiskWeights, LocalWeights, NamedWeights, TrainBatch, WeightUpdate
+from skyrl_train.types import (
+    AdapterWeights,
+    DiskWeights,
+    LocalWeights,
+    NamedWeights,
+    TokenSequence,
+    TrainBatch,
+    TrajectoryId,
+    WeightUpdate,
+)
 
 WhichModel = Literal["policy", "reference"]
 
@@ -120,6 +129,18 @@ class PolicyTrainer:
         """Log-probabilities [N] of each micro-batch's targets, in its order, without gradients."""
         with self._reference_in_place() if which == "reference" else nullcontext():
             return [self._logprobs(which, micro_batch).logprobs for micro_batch in self._own(batch)]
+
+    @torch.no_grad()
+    def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
+        """Log-probabilities of token_ids[1:] at temperature 1, by the policy as it is now: [L - 1]."""
+        batch = pack([_one_sequence(token_ids)], micro_batch_size=1)
+        (micro_batch,) = self._own(batch)
+        head = self._heads["policy"].at_temperature(1.0)
+        logprobs = self._run(head, micro_batch).logprobs
+        # A micro-batch's predictions stand in its own order.
+        ordered = torch.empty_like(logprobs)
+        ordered[self._to_device(micro_batch.token_index)] = logprobs
+        return tuple(ordered.tolist())
 
     def forward_backward(
         self,
@@ -252,7 +273,9 @@ class PolicyTrainer:
     def _logprobs(self, which: WhichModel, micro_batch: MicroBatch) -> TokenLogprobs:
         if which not in self._heads:
             raise ValueError(f"this trainer has no {which} model")
-        head = self._heads[which]
+        return self._run(self._heads[which], micro_batch)
+
+    def _run(self, head: PolicyHead, micro_batch: MicroBatch) -> TokenLogprobs:
         return head(
             self._to_device(micro_batch.token_ids),
             self._to_device(micro_batch.position_ids),
@@ -268,6 +291,18 @@ class PolicyTrainer:
     def _own(batch: TrainBatch) -> tuple[MicroBatch, ...]:
         assert len(batch.micro_batches) == 1, f"one process was handed the batches of {len(batch.micro_batches)} ranks"
         return batch.micro_batches[0]
+
+
+def _one_sequence(token_ids: Sequence[int]) -> TokenSequence:
+    length = len(token_ids)
+    return TokenSequence(
+        trajectory_id=TrajectoryId(prompt_id="score", sample=0),
+        token_ids=torch.tensor(token_ids),
+        loss_mask=torch.arange(length) > 0,
+        rollout_logprobs=torch.zeros(length),
+        rewards=torch.zeros(length),
+        num_prompt_tokens=1,
+    )
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class ServerEngine:
         self._given: WeightUpdate | None = None
         """What this life of the server was given last; `_weights` is what it should have."""
         self._whole = True
+        self._unproved = False
         self._num_adapters_named = 0
         self._paused = False
         self._held = False
@@ -187,8 +188,21 @@ class ServerEngine:
         if not self._paused:
             return
         await self._on_server(lambda client: client.release())
+        await self._prove()
         self._paused = self._held = False
         self._set_gate()
+
+    async def _prove(self) -> None:
+        """After an update, before the gate opens: the server scores as the trainer does. Raises WeightUpdateError."""
+        if self._verify is None or not self._unproved:
+            return
+        try:
+            await self._verify(self._life.client, self._version)
+        except WeightUpdateError:
+            self._whole = False
+            await self._on_server(lambda client: client.halt())
+            raise
+        self._unproved = False
 
     async def flush_cache(self) -> None:
         self._check_open()
@@ -286,10 +300,9 @@ class ServerEngine:
             raise WeightUpdateError(
                 f"engine {self._info.name} reports weights {served!r} after an update to {update.version}"
             )
-        if self._verify is not None:
-            self._whole = False
-            await self._verify(life.client, update.version)
         self._whole, self._given, self._version = True, update, update.version
+        # The base model is what can be scored. A paused server scores nothing: the proof comes when it goes on.
+        self._unproved = isinstance(source, NamedWeights)
         self._traffic.serving = Serving(life=life, version=update.version, adapter=adapter)
 
     async def _change_adapter(self, life: Life, adapter: AdapterWeights, version: int) -> str:
@@ -372,6 +385,7 @@ class ServerEngine:
                 self._given, self._paused = None, True
         if not self._paused:
             await life.client.release()
+            await self._prove()
 
     async def _on_server(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
         """A control call that may be repeated; a server that is lost meanwhile is brought up and asked again."""
