@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from skyrl_train.engines.vllm.derived import lora_rank, with_derived
+
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
 
@@ -60,7 +62,7 @@ ARGUMENTS: tuple[Argument, ...] = (
     _arg("quantization.load_format", "load-format"),
     _arg("quantization.model_loader_extra_config", "model-loader-extra-config", json.dumps),
     _arg("lora.enabled", "enable-lora", _flag_if(bool)),
-    _arg("lora.max_rank", "max-lora-rank"),
+    _arg("lora.max_rank", "max-lora-rank", lora_rank),
     _arg("lora.max_loras_per_batch", "max-loras"),
     _arg("lora.max_loaded_loras", "max-cpu-loras"),
     _arg("lora.target_modules", "lora-target-modules"),
@@ -74,38 +76,42 @@ ARGUMENTS: tuple[Argument, ...] = (
     _arg("cpu_offload.prefetch_step", "offload-prefetch-step"),
 )
 
-_METHODS = {"ngram": "ngram", "standalone": "draft_model", "eagle": "eagle", "eagle3": "eagle3"}
 
-
-def command_line(config: Config, *, python: str) -> list[str]:
-    """The server's command. Host and port are chosen at start."""
-    words = [python, "-m", "vllm.entrypoints.cli.main", "serve", config.trainer.policy.model.path]
+def server_options(config: Config) -> dict[str, Any]:
+    """Options of `vllm serve` by name, without host and port. A key wins over what follows from others (derived.py),
+    and generator.engine_init_kwargs over both.
+    """
+    options: dict[str, Any] = {}
     for argument in ARGUMENTS:
         value = attrgetter(argument.key)(config)
+        if argument.key.startswith("generator.lora.") and not config.generator.lora.enabled:
+            continue
         if value is None or (converted := argument.convert(value)) is None or converted is False:
             continue
-        words.append(f"--{argument.option}")
-        if isinstance(converted, (list, tuple)):
-            words += [str(item) for item in converted]
-        elif converted is not True:
-            words.append(str(converted))
-    if config.generator.speculative_decoding.enabled:
-        words += ["--speculative-config", json.dumps(_speculation(config))]
-    if config.generator.metrics.tracing.enabled:
-        words += ["--otlp-traces-endpoint", config.generator.metrics.tracing.otlp_endpoint]
-    if config.trainer.placement.policy_num_gpus_per_node and config.trainer.placement.colocate_all:
-        words.append("--enable-sleep-mode")
-    for name, value in config.generator.engine_init_kwargs.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+        options[argument.option] = converted
+    own = {name.lstrip("-").replace("_", "-"): value for name, value in config.generator.engine_init_kwargs.items()}
+    return with_derived(config, options, own) | own
+
+
+def command_line(config: Config, *, python: str, model: str | None = None) -> list[str]:
+    """The server's command, as it is started and as --explain shows it. Host and port are chosen at start.
+
+    `model` is the folder to serve where that isn't trainer.policy.model.path.
+    """
+    words = [python, "-m", "vllm.entrypoints.cli.main", "serve", model or config.trainer.policy.model.path]
+    for name, value in server_options(config).items():
+        if value is False:
+            words.append(f"--no-{name}")
+        elif value is not None:
+            words += [f"--{name}", *_words(value)]
     return words
 
 
-def _speculation(config: Config) -> dict[str, Any]:
-    keys = config.generator.speculative_decoding
-    options = {
-        "method": _METHODS.get(keys.algorithm, keys.algorithm),
-        "model": keys.draft_model_path,
-        "num_speculative_tokens": keys.num_draft_tokens,
-        "prompt_lookup_max": keys.ngram.max_trie_depth if keys.algorithm == "ngram" else None,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+def _words(value: Any) -> list[str]:
+    if value is True:
+        return []
+    if isinstance(value, dict):
+        return [json.dumps(value)]
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return [str(value)]

@@ -19,7 +19,7 @@ from skyrl_train.engines.server.client import (
 )
 from skyrl_train.engines.vllm.adapters import AdapterFolders
 from skyrl_train.engines.vllm.answers import Decode, attempt_result
-from skyrl_train.engines.vllm.http import Http
+from skyrl_train.engines.vllm.connection import Connection
 from skyrl_train.engines.vllm.metrics import figures
 from skyrl_train.engines.vllm.sampling import completion_body, engine_request_id
 from skyrl_train.errors import ConfigError, EngineError, EngineUnavailable, RequestRejected
@@ -54,7 +54,7 @@ class VLLMClient:
         decode: Decode | None = None,
         api_key: str | None = None,
     ) -> None:
-        self.http = Http(base_url, api_key=api_key)
+        self.http = Connection(base_url, api_key=api_key)
         self.model = model
         self._traits = traits
         self._vocab_size = vocab_size

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from skyrl_train.engines.vllm.http import Http
+from skyrl_train.engines.vllm.connection import Connection
 from skyrl_train.errors import EngineError, WeightsTorn, WeightUpdateError
 from skyrl_train.weight_sync.broadcast import GroupAddress, GroupBackend, TrainerGroup
 from skyrl_train.weight_sync.plan import TensorSpec, WeightPlan
@@ -48,7 +48,7 @@ class Carrier(Protocol):
 class UpdateCalls:
     """The calls of one update, in vLLM's words. Every refusal is WeightUpdateError."""
 
-    def __init__(self, http: Http, *, timeout_s: float) -> None:
+    def __init__(self, http: Connection, *, timeout_s: float) -> None:
         self._http = http
         self.timeout_s = timeout_s
 
@@ -102,7 +102,7 @@ class VLLMChannel:
     """A WeightChannel: `carrier` moves the tensors, this does the rest."""
 
     def __init__(self, base_url: str, carrier: Carrier, *, timeout_s: float = UPDATE_TIMEOUT_S) -> None:
-        self._http = Http(base_url)
+        self._http = Connection(base_url)
         self._updates = UpdateCalls(self._http, timeout_s=timeout_s)
         self._carrier = carrier
 

@@ -18,7 +18,7 @@ KEEP_ALIVE_S = 2.0
 """vLLM closes idle connections after 5 s. One that both sides end at once would lose a request, so ours end first."""
 
 
-class Http:
+class Connection:
     """`base_url` has no slash at its end. Connections open at the first call, in the loop that makes it."""
 
     def __init__(self, base_url: str, *, api_key: str | None = None) -> None:

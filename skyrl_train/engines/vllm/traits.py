@@ -1,0 +1,45 @@
+"""What a vLLM server that was started with these options can do, and what its log-probabilities are of.
+
+Read in the samplers of 0.26 and 0.32 and measured against transformers with 0.32, under `processed_logprobs`: after
+penalties, min_new_tokens and grammar, the temperature, top-k, top-p and min-p. Those of a greedy request are the
+model's at temperature 1 (after penalties), also in a batch with others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from skyrl_train.engines.base import Capability, LogprobSpace
+from skyrl_train.engines.server.client import ServerTraits
+from skyrl_train.engines.vllm.derived import PROCESSED_LOGPROBS
+
+
+def server_traits(name: str, options: Mapping[str, Any], *, release: str) -> ServerTraits:
+    """`options` are those of `vllm serve` by name. Spans of versions exist in 0.32's engine but not in its answers."""
+    speculation = options.get("speculative-config")
+    capabilities: set[Capability] = {
+        "abort",
+        "disk_weights",
+        "named_weights",
+        "penalties",
+        "sessions",
+        "stop_strings",
+        "structured_output",
+    }
+    if speculation:
+        # min_p is refused then.
+        capabilities.add("speculation")
+    else:
+        capabilities.add("min_p")
+    if not speculation or speculation.get("method") == "ngram":
+        # With a draft model, equal seeds give different samples.
+        capabilities.add("seed")
+    if options.get("scheduling-policy") == "priority":
+        capabilities.add("priority")
+    if options.get("enable-lora"):
+        capabilities |= {"lora", "adapter_weights"}
+    if options.get("enable-sleep-mode"):
+        capabilities.add("sleep")
+    space: LogprobSpace = "sampled" if options.get("logprobs-mode") == PROCESSED_LOGPROBS else "raw"
+    return ServerTraits(name=name, release=release, logprob_space=space, capabilities=frozenset(capabilities))
