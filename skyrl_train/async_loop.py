@@ -68,6 +68,8 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
 
             with phases("rollout"):
                 selected = await job.selection.draw(pipeline.roll_out, next_batch)
+                if job.watch is not None:
+                    await job.watch.look()
             step += 1
             with phases("train"):
                 experience, metrics = await _learn(run, selected.groups)

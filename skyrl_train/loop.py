@@ -19,6 +19,7 @@ from typing import Protocol
 
 from skyrl_train.data.stream import PromptStream
 from skyrl_train.engines.base import Engine
+from skyrl_train.observability.engine_watch import EngineWatch
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import Rollouts, run_groups
@@ -111,6 +112,7 @@ class Job:
     max_failed_frac: float
     greedy_baseline: bool = False
     sessions: Sessions | None = None
+    watch: EngineWatch | None = None
     turns: Turns | None = None
     log: RunLog
     phases: PhaseTimer
@@ -129,6 +131,8 @@ async def train(job: Job, *, first_step: int = 0) -> int:
         with phases("rollout"):
             selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
             rollouts = selected.rollouts
+            if job.watch is not None:
+                await job.watch.look()
         if job.turns is not None:
             with phases("engine_sleep"):
                 await job.turns.to_trainer(job.engine)
@@ -150,6 +154,8 @@ async def finish_step(
     """What follows every update, in either loop: rollouts and metrics to the log, and what is due after `step`."""
     due, phases, last = job.schedule.due, job.phases, step == job.schedule.total_steps
     job.log.step(step, rollouts, experience.advantages)
+    if job.watch is not None:
+        metrics |= await job.watch.step()
     if due(job.schedule.evaluate_every, step) or (last and job.schedule.evaluate_every > 0):
         metrics |= await evaluate(job, step)
     # The checkpoint last: a kill before it does the step again, and its row and export are made anew; the other

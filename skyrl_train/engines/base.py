@@ -10,9 +10,10 @@ from skyrl_train.types import Completion, GenerateRequest, WeightUpdate
 
 PauseMode = Literal["keep", "wait", "abort"]
 Occupant = Literal["weights", "kv_cache"]
-LogprobSpace = Literal["raw", "temperature", "sampled"]
-"""Which distribution `Completion.logprobs` describe: the model's at temperature 1 (raw), after the
-temperature (temperature), or the one that was drawn from, after penalties and truncation (sampled)."""
+LogprobSpace = Literal["raw", "temperature", "penalised", "sampled"]
+"""Which distribution `Completion.logprobs` describe: the model's at temperature 1 (raw), after the temperature
+(temperature), after penalties, min_new_tokens and the temperature (penalised), or the one that was drawn from, after
+truncation too (sampled)."""
 
 Capability = Literal[
     "abort",
@@ -77,13 +78,24 @@ class GenerateFn(Protocol):
 
 
 class Engine(Protocol):
-    """All that the loop sees of an engine. Valid from construction until `close`."""
+    """All that the loop sees of an engine. `info` is valid from construction, the rest between `start` and `close`."""
 
     @property
     def info(self) -> EngineInfo: ...
 
+    async def start(self) -> None:
+        """Ready for requests when it returns. Raises EngineUnavailable, or ConfigError for what can't run as asked."""
+        ...
+
     async def stats(self) -> EngineStats:
         """Also while paused. Raises EngineUnavailable once the engine is closed or has failed."""
+        ...
+
+    async def metrics_text(self) -> str:
+        """The servers' own series in Prometheus' text format, under their own names; empty where there are none.
+
+        Raises EngineUnavailable as `stats`.
+        """
         ...
 
     async def generate(self, request: GenerateRequest) -> Completion:

@@ -67,12 +67,15 @@ def joined_stats(live: Sequence[EngineStats], gone: Sequence[EngineStats], *, po
 
 
 _COMMENT = re.compile(r"# (?:HELP|TYPE) (\S+)")
+_ENDINGS = ("_bucket", "_sum", "_count", "_total", "_created")
+_LABEL = re.compile(r'([A-Za-z_][A-Za-z0-9_]*)="((?:[^"\\]|\\.)*)"')
 _SAMPLE = re.compile(r"([A-Za-z_:][A-Za-z0-9_:]*)(?:\{(.*)\})?( .*)")
 
 
 def joined_metrics(texts: Mapping[str, str]) -> str:
     """One text in Prometheus' format of one for each engine, by its name: every series gets a label `engine`.
 
+    A label `engine` that a server has itself, as vLLM does, becomes `exported_engine`, as Prometheus would do it.
     The lines of a metric stand together and its comments once, as the format asks.
     """
     comments: dict[str, list[str]] = {}
@@ -89,7 +92,13 @@ def joined_metrics(texts: Mapping[str, str]) -> str:
             elif sample := _SAMPLE.fullmatch(line):
                 name, labels, value = sample.groups()
                 # A histogram's series are named after it: NAME_bucket, NAME_sum, NAME_count.
-                owner = metric if metric and name.startswith(metric) else name
-                samples.setdefault(owner, []).append(f"{name}{{{label}{',' if labels else ''}{labels or ''}}}{value}")
+                owner = metric if name in {metric, *(metric + ending for ending in _ENDINGS)} else name
+                own = _without_clash(labels or "")
+                samples.setdefault(owner, []).append(f"{name}{{{label}{',' if own else ''}{own}}}{value}")
     parts = [line for metric, lines in samples.items() for line in (*comments.get(metric, ()), *lines)]
     return "".join(f"{line}\n" for line in parts)
+
+
+def _without_clash(labels: str) -> str:
+    """`a="1",engine="0"` with its `engine` renamed; what stands in quotes is no label."""
+    return _LABEL.sub(lambda found: f"exported_{found[0]}" if found[1] == "engine" else found[0], labels)

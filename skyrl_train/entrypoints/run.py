@@ -34,11 +34,15 @@ from skyrl_train.entrypoints.build_rollouts import (
     load_tokenizer,
     sampling_params,
 )
+from skyrl_train.entrypoints.build_servers import build_turns
 from skyrl_train.entrypoints.extensions import check_extensions
+from skyrl_train.entrypoints.observed import build_endpoint, build_series, observed, on_phase
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
 from skyrl_train.errors import ConfigError, SkyRLError
 from skyrl_train.loop import Job, Schedule, train
+from skyrl_train.observability.endpoint import MetricsEndpoint
+from skyrl_train.observability.engine_watch import EngineWatch
 from skyrl_train.observability.files import replace_file
 from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
@@ -47,6 +51,7 @@ from skyrl_train.observability.report import write_report
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
+from skyrl_train.weight_sync.sync import sync_weights
 
 logger = logging.getLogger(__name__)
 
@@ -114,11 +119,19 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
             progress.message(f"changed since that checkpoint: {change}")
         if state.set_aside is not None:
             progress.message(f"checkpoints of the earlier run were moved to {state.set_aside}")
-        engine = build_engine(config, learner, tokenizer)
+        engine = build_engine(
+            config,
+            learner,
+            tokenizer,
+            model_folder=model_folder,
+            by_user=lambda key: loaded.sources[key].by_user,
+        )
         progress.set_total(total_steps, first_step=first_step)
         if first_step:
             progress.restore(row for row in read_metrics(run_dir / "metrics.jsonl") if row["step"] <= first_step)
-        phases = PhaseTimer(on_start=progress.phase)
+        series = build_series(config, total_steps=total_steps)
+        endpoint = build_endpoint(config, series, engine)
+        phases = PhaseTimer(on_start=on_phase(progress, series))
         pipeline: RolloutPipeline | None = None
 
         def save(step: int) -> None:
@@ -143,6 +156,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
             show=lambda ids: response_text(tokenizer, ids),
             resume_step=first_step or None,
             total_steps=total_steps,
+            also=() if series is None else (series,),
         ) as log:
             sessions = build_sessions(config, engine)
 
@@ -172,6 +186,8 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
                 max_failed_frac=config.environment.max_failed_frac,
                 greedy_baseline=keys.algorithm.advantage_estimator == "remax",
                 sessions=sessions,
+                turns=build_turns(config, engine),
+                watch=EngineWatch(engine, every_s=0.2 if config.generator.backend == "embedded" else 2.0),
                 log=log,
                 phases=phases,
                 save=save,
@@ -182,7 +198,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
             # What is built stays: without this the collector walks all of it every few steps.
             gc.collect()
             gc.freeze()
-            last_step = asyncio.run(_train(config, job, pipeline, state, first_step, progress))
+            last_step = asyncio.run(_train(config, job, pipeline, state, first_step, progress, endpoint))
         report = write_report(run_dir)
         progress.message(f"report {report}")
         if last_step < total_steps:
@@ -192,15 +208,23 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
 
 
 async def _train(
-    config: Config, job: Job, pipeline: RolloutPipeline | None, state: RunState, first_step: int, progress: Progress
+    config: Config,
+    job: Job,
+    pipeline: RolloutPipeline | None,
+    state: RunState,
+    first_step: int,
+    progress: Progress,
+    endpoint: MetricsEndpoint | None,
 ) -> int:
     """Runs the configured loop; the first Ctrl-C ends it after the step in flight, the second does not save it."""
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
 
+    started = False
+
     def interrupt() -> None:
-        if job.stop.is_set():
+        if job.stop.is_set() or not started:
             task.cancel()
             return
         job.stop.set()
@@ -209,11 +233,15 @@ async def _train(
     loop.add_signal_handler(signal.SIGINT, interrupt)
     loop.add_signal_handler(signal.SIGTERM, interrupt)
     try:
-        if pipeline is None:
-            return await train(job, first_step=first_step)
-        if state.resumed_from is not None and (state.resumed_from / ROLLOUTS).is_dir():
-            pipeline.load(state.resumed_from / ROLLOUTS, first_step)
-        return await train_async(build_async(config, job, pipeline, device=device_of(config)), first_step=first_step)
+        await _start_engine(config, job, progress)
+        started = True
+        async with observed(job.watch, endpoint, progress):
+            if pipeline is None:
+                return await train(job, first_step=first_step)
+            if state.resumed_from is not None and (state.resumed_from / ROLLOUTS).is_dir():
+                pipeline.load(state.resumed_from / ROLLOUTS, first_step)
+            run = build_async(config, job, pipeline, device=device_of(config))
+            return await train_async(run, first_step=first_step)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
@@ -222,6 +250,19 @@ async def _train(
         await job.engine.close()
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
+
+
+async def _start_engine(config: Config, job: Job, progress: Progress) -> None:
+    """A server gets the trainer's weights at once: what it loaded by itself is where a run begins, not where it resumes."""
+    if config.generator.backend == "embedded":
+        await job.engine.start()
+        return
+    progress.message(f"starting {job.engine.info.name}; its log is in {config.trainer.run_path}/engines")
+    with job.phases("engine_start"):
+        await job.engine.start()
+    with job.phases("weight_sync"):
+        await sync_weights(job.engine, job.policy.export_weights())
+    progress.message(f"{job.engine.info.name} is up with the policy's weights")
 
 
 @contextlib.contextmanager

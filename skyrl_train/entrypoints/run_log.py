@@ -13,7 +13,7 @@ from skyrl_train.observability.metrics import memory_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.rollouts import RolloutLog, shown_samples
-from skyrl_train.observability.trackers import open_trackers
+from skyrl_train.observability.trackers import Tracker, Trackers, open_trackers
 from skyrl_train.rollout.groups import Rollouts
 
 Decode = Callable[[Sequence[int]], str]
@@ -33,14 +33,18 @@ class RunFiles:
         show: Decode,
         resume_step: int | None,
         total_steps: int,
+        also: Sequence[Tracker] = (),
     ) -> None:
-        """`decode` keeps special tokens, for the files; `show` leaves them out, for the terminal."""
+        """`decode` keeps special tokens, for the files; `show` leaves them out, for the terminal.
+
+        `also` are trackers that get each row too.
+        """
         self._progress, self._phases, self._show = progress, phases, show
         self._samples: tuple[Sample, ...] = ()
         keys = config.trainer
         # The terminal's own view stands in for the console tracker.
         names = [name for name in keys.logger if name != "console"]
-        self._trackers = open_trackers(
+        opened = open_trackers(
             names,
             run_dir,
             project_name=keys.project_name,
@@ -48,6 +52,7 @@ class RunFiles:
             resume_step=resume_step,
             total_steps=total_steps,
         )
+        self._trackers = Trackers([*opened.trackers, *also])
         self._rollouts = RolloutLog(
             run_dir / "rollouts",
             decode,

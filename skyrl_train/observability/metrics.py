@@ -3,11 +3,12 @@
 A metric is a number under a name of the form `group/name`, with its unit as a suffix (`_s`, `_bytes`,
 `_frac`, `_per_s`):
 
-    reward/mean  eval/accuracy  policy/loss  rollout/num_tokens  engine/kv_used_frac     the run's own
+    reward/mean  eval/accuracy  policy/loss  rollout/num_tokens                          the run's own
     timing/rollout_s  throughput/rollout_tokens_per_s  memory/peak_rss_bytes             the machine's
+    engine/running  engine/kv_used_frac  engine/restarts                                 what engines met
 
-The groups `timing/`, `throughput/` and `memory/` depend on the machine and its load; everything else is
-a function of the seed, so two runs are compared on it (`deterministic_metrics`).
+The groups `timing/`, `throughput/`, `memory/` and `engine/` depend on the machine and its load; everything
+else is a function of the seed, so two runs are compared on it (`deterministic_metrics`).
 
 `metrics.jsonl` holds one JSON object a step: `step` first, then the metrics. A value that is not finite
 is null there, and the object's `nonfinite` says what it was: {"step": 3, "policy/loss": null,
@@ -26,7 +27,7 @@ from typing import Any
 
 from skyrl_train.errors import DataError
 
-WALL_CLOCK_GROUPS = ("timing/", "throughput/", "memory/")
+WALL_CLOCK_GROUPS = ("timing/", "throughput/", "memory/", "engine/")
 STEP_SECONDS = "timing/step_s"
 NONFINITE = "nonfinite"
 

@@ -36,6 +36,9 @@ class SessionEngine:
             for r in self.sent
         }
 
+    async def start(self) -> None:
+        await self.engine.start()
+
     async def generate(self, request: GenerateRequest) -> Completion:
         self.sent.append(request)
         if request.session is None:

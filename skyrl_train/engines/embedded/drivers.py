@@ -31,6 +31,10 @@ class Driver(Protocol):
         """Run a command when no step runs; its result or its exception."""
         ...
 
+    async def read(self, command: Callable[[], T]) -> T:
+        """As `call`, for a command that changes nothing: who looks at a run must not shift its steps."""
+        ...
+
     async def close(self) -> None:
         """Stop stepping. Commands that are queued run first."""
         ...
@@ -50,6 +54,9 @@ class InlineDriver:
         result = command()
         self._wake()
         return result
+
+    async def read(self, command: Callable[[], T]) -> T:
+        return command()
 
     async def close(self) -> None:
         task, self._task = self._task, None
@@ -96,6 +103,9 @@ class ThreadDriver:
         self.post(run)
         # A cancelled caller does not cancel the command: it is in the queue and will run.
         return await asyncio.shield(asyncio.wrap_future(future))
+
+    async def read(self, command: Callable[[], T]) -> T:
+        return await self.call(command)
 
     async def close(self) -> None:
         self._closing = True

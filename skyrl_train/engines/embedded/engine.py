@@ -85,12 +85,20 @@ class EmbeddedEngine:
     def info(self) -> EngineInfo:
         return self.core.info
 
+    async def start(self) -> None:
+        """Nothing to wait for: it was ready when it was made."""
+        self._check_open()
+
     async def stats(self) -> EngineStats:
         def read() -> EngineStats:
             self._check_open()
             return self.core.stats()
 
-        return await self._driver.call(read)
+        return await self._driver.read(read)
+
+    async def metrics_text(self) -> str:
+        """None beside what `stats` says."""
+        return ""
 
     # -- requests
 
