@@ -187,6 +187,15 @@ def _memory(
     return memory, cache * size // per_token
 
 
+def engine_gpus(config: Config, index: int) -> range:
+    """The GPUs of engine `index`, by their number among those that this process sees; none on a CPU."""
+    per_engine = gpus_per_engine(config)
+    if not config.trainer.placement.policy_num_gpus_per_node or not per_engine:
+        return range(0)
+    first = _first_gpu(config, index * per_engine)
+    return range(first, first + per_engine)
+
+
 def _first_gpu(config: Config, offset: int) -> int:
     """Engines beside the trainer come after its GPUs; colocated ones start at the first."""
     if config.trainer.placement.colocate_all:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +24,13 @@ from skyrl_train.config.schema_algorithm import Algorithm
 from skyrl_train.config.schema_trainer import Lora as LoraKeys
 from skyrl_train.config.schema_trainer import PolicyOptimizer
 from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
+from skyrl_train.engines.base import Engine
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.entrypoints.build_async import own_weights
 from skyrl_train.entrypoints.build_off_policy import corrections, mismatch_watch, respect_logprob_space, watch_engine
 from skyrl_train.entrypoints.build_rollouts import sampling_params
+from skyrl_train.entrypoints.build_servers import build_servers
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.overlong import SoftPunishment
 from skyrl_train.rollout.selection import DynamicSampling, Selection
@@ -35,6 +38,7 @@ from skyrl_train.training.critic import CriticTrainer, ValueNetwork
 from skyrl_train.training.experience import ExperienceMaker, KlInReward
 from skyrl_train.training.learner import Learner, WeightsFor
 from skyrl_train.training.lora import Adapters, LoraSettings
+from skyrl_train.training.mismatch import EngineView
 from skyrl_train.training.model import check_same_tokens, load_model
 from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
@@ -217,23 +221,44 @@ def _kl_in_reward(algorithm: Algorithm, learner: Learner) -> KlInReward:
     return KlInReward(estimator=estimator, coefficient=learner.kl_controller)
 
 
-def build_engine(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
-    """The embedded engine at the trainer's version: over its very module, or a copy where both work at once.
+def build_engine(
+    config: Config, learner: Learner, tokenizer: Any, *, model_folder: Path, by_user: Callable[[str], bool]
+) -> Engine:
+    """The configured engine, at the trainer's version. `by_user` tells which keys the user set."""
+    sampling = sampling_params(config.generator.sampling_params)
+    engine: Engine
+    module: torch.nn.Module | None
+    version: Callable[[], int]
+    if config.generator.backend == "embedded":
+        engine = embedded = _embedded(config, learner, tokenizer)
+        version, module = lambda: embedded.core.policy_version, embedded.core.model
+    else:
+        # Its tensors are in another process, and it serves what the trainer exported last.
+        version, module = lambda: learner.trainer.version, None
+        engine = build_servers(config, learner, tokenizer, model_folder=model_folder, by_user=by_user)
+        if "seed" not in engine.info.capabilities and sampling.temperature > 0:
+            logger.warning(
+                "engine %s draws its own random numbers: this run can't be repeated to the bit", engine.info.name
+            )
+    respect_logprob_space(config.trainer.algorithm, engine.info, sampling)
+    space = engine.info.logprob_space
+    watch_engine(learner.watch, EngineView(logprob_space=space, sampling=sampling, version=version, module=module))
+    return engine
+
+
+def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
+    """Over the trainer's very module, or a copy where both work at once.
 
     With adapters it has matrices of its own, in which they are merged.
     """
     model = learner.trainer.engine_model
     is_trained = model is learner.trainer.model
-    engine = engine_over(
+    return engine_over(
         own_weights(model) if config.trainer.fully_async.enabled and is_trained else model,
         config,
         tokenizer,
         policy_version=learner.trainer.version,
     )
-    sampling = sampling_params(config.generator.sampling_params)
-    respect_logprob_space(config.trainer.algorithm, engine.info, sampling)
-    watch_engine(learner.watch, engine, sampling)
-    return engine
 
 
 def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, policy_version: int = 0) -> EmbeddedEngine:

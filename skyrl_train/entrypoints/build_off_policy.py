@@ -7,7 +7,6 @@ import logging
 from skyrl_train.algorithms.off_policy import Corrections
 from skyrl_train.config.schema_algorithm import Algorithm
 from skyrl_train.engines.base import EngineInfo
-from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.engines.logprob_space import comparable, correctable
 from skyrl_train.errors import ConfigError
 from skyrl_train.training.mismatch import EngineView, MismatchWatch
@@ -56,12 +55,7 @@ def respect_logprob_space(algorithm: Algorithm, engine: EngineInfo, sampling: Sa
         )
 
 
-def watch_engine(watch: MismatchWatch | None, engine: EmbeddedEngine, sampling: SamplingParams) -> None:
+def watch_engine(watch: MismatchWatch | None, view: EngineView) -> None:
     """A diagnosis may look into this engine."""
     if watch is not None:
-        watch.engine = EngineView(
-            logprob_space=engine.info.logprob_space,
-            sampling=sampling,
-            version=lambda: engine.core.policy_version,
-            module=engine.core.model,
-        )
+        watch.engine = view

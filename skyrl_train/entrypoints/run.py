@@ -253,7 +253,7 @@ async def _train(
 
 
 async def _start_engine(config: Config, job: Job, progress: Progress) -> None:
-    """A server gets the trainer's weights at once: what it loaded by itself is where a run begins, not where it resumes."""
+    """A server gets the trainer's weights at once: what it loaded is where a run begins, not where it resumes."""
     if config.generator.backend == "embedded":
         await job.engine.start()
         return

@@ -217,7 +217,15 @@ async def test_an_engine_that_missed_an_update_is_caught(objective: PolicyObject
     trainer = PolicyTrainer(make_model("qwen3"), OptimizerSettings(lr=5e-2))
     watch = MismatchWatch(1e-3)
     engine = EmbeddedEngine(copy.deepcopy(trainer.model), make_tokenizer(), config=EmbeddedConfig(max_context_len=64))
-    watch_engine(watch, engine, SamplingParams(max_new_tokens=12))
+    watch_engine(
+        watch,
+        EngineView(
+            logprob_space=engine.info.logprob_space,
+            sampling=SamplingParams(max_new_tokens=12),
+            version=lambda: engine.core.policy_version,
+            module=engine.core.model,
+        ),
+    )
     try:
         samples = await sample_groups(engine, temperature=1.0)
         update_policy(trainer, batches(samples, 1), objective, watch=watch)

@@ -99,12 +99,32 @@ def sglang_launch(
     )
 
 
-async def attach_sglang(
+@dataclass(frozen=True, kw_only=True)
+class SGLangAttached:
+    """A server that somebody else runs, as it was when it was read. `found` are its ServerArgs, `expected` ours."""
+
+    traits: ServerTraits
+    found: Mapping[str, Any]
+    expected: Mapping[str, Any]
+    vocab_size: int | None
+    bos_token_id: int | None
+
+    def client(self, url: str) -> SGLangClient:
+        return _client(
+            url,
+            self.traits,
+            arguments=self.found,
+            expected=self.expected,
+            vocab_size=self.vocab_size,
+            bos_token_id=self.bos_token_id,
+            health_path="/model_info",
+        )
+
+
+async def read_attached(
     config: Config, index: int, url: str, *, vocab_size: int | None = None, bos_token_id: int | None = None
-) -> SGLangClient:
-    """The client of a server that runs already: its traits are read from it. Raises ConfigError for one that is not
-    what the configuration asks for, EngineUnavailable where none answers.
-    """
+) -> SGLangAttached:
+    """What runs at `url`. Raises ConfigError where it is no SGLang server, EngineUnavailable where none answers."""
     name = f"sglang-{index}"
     wire = Wire(url, name=name, api_key=_api_key(config.generator.engine_init_kwargs))
     try:
@@ -118,15 +138,23 @@ async def attach_sglang(
     # The same model may lie elsewhere on the server's machine; its name must be the same.
     same_name = _last(found["model_path"]) == _last(wanted["model_path"])
     expected["model_path"] = found["model_path"] if same_name else wanted["model_path"]
-    client = _client(
-        url,
-        server_traits(name, found, release=str(found["version"])),
-        arguments=found,
+    return SGLangAttached(
+        traits=server_traits(name, found, release=str(found["version"])),
+        found=found,
         expected=expected,
         vocab_size=vocab_size if vocab_size is not None else _vocab_size(wanted["model_path"]),
         bos_token_id=bos_token_id,
-        health_path="/model_info",
     )
+
+
+async def attach_sglang(
+    config: Config, index: int, url: str, *, vocab_size: int | None = None, bos_token_id: int | None = None
+) -> SGLangClient:
+    """The client of a server that runs already: its traits are read from it. Raises ConfigError for one that is not
+    what the configuration asks for, EngineUnavailable where none answers.
+    """
+    attached = await read_attached(config, index, url, vocab_size=vocab_size, bos_token_id=bos_token_id)
+    client = attached.client(url)
     try:
         await client.check_identity()
     except BaseException:

@@ -1,0 +1,210 @@
+"""From a configuration to the server engines of a run: launched here, or attached to.
+
+One engine is a ServerEngine; several are one RoutedEngine over them. Nothing is started: `Engine.start` does that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skyrl_train.config.model_shape import ModelShape, read_model_shape
+from skyrl_train.config.schema import Config
+from skyrl_train.engines.base import Engine
+from skyrl_train.engines.router import RoutedEngine
+from skyrl_train.engines.server.client import ServerClient, ServerTraits
+from skyrl_train.engines.server.engine import ServerEngine, Verify
+from skyrl_train.engines.server.lifeline import HealthPolicy, Lifeline
+from skyrl_train.engines.server.process import ServerProcess
+from skyrl_train.errors import ConfigError
+from skyrl_train.weight_sync.channel import WeightChannel
+from skyrl_train.weight_sync.verify import Score, probe_tokens, verify_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Folders of a run: `model` is what the policy started from; the servers write `logs`, and read `weights`."""
+
+    model: Path
+    logs: Path
+    weights: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerParts:
+    """One server of either kind, before it runs. `process` None: somebody else runs it, at `url`."""
+
+    traits: ServerTraits
+    process: ServerProcess | None = None
+    url: str | None = None
+    connect: Callable[[str], ServerClient]
+    open_channel: Callable[[str], WeightChannel]
+
+
+async def build_server_engine(
+    config: Config,
+    places: Places,
+    *,
+    device: torch.device | None = None,
+    policy_version: int = 0,
+    reference: Score | None = None,
+    tokenizer: Any = None,
+    by_user: Callable[[str], bool] = lambda key: True,
+) -> Engine:
+    """The engines of generator.backend sglang or vllm, not started yet.
+
+    `device` is where the trainer's tensors are. `reference` is the trainer's own scoring, by which each weight update
+    is proved. Asks the servers' interpreter, or the running servers, what they are. Raises ConfigError.
+    """
+    generator = config.generator
+    shape = read_model_shape(str(places.model))
+    if shape is None:
+        raise ConfigError(f"{places.model} has no config.json to read the model's vocabulary from")
+    urls: list[str | None] = [None] * generator.num_inference_engines
+    if not generator.run_engines_locally:
+        urls = [_with_scheme(url) for url in generator.remote_inference_engine_urls]
+    parts = _sglang_parts if generator.backend == "sglang" else _vllm_parts
+    servers = await asyncio.gather(
+        *(
+            parts(config, index, url, places, shape, device or torch.device("cpu"), tokenizer, by_user)
+            for index, url in enumerate(urls)
+        )
+    )
+    engines = [_engine(config, server, shape, policy_version, reference) for server in servers]
+    return engines[0] if len(engines) == 1 else RoutedEngine(engines)
+
+
+def _engine(
+    config: Config, server: ServerParts, shape: ModelShape, policy_version: int, reference: Score | None
+) -> ServerEngine:
+    generator, name = config.generator, server.traits.name
+    health = generator.health_checks
+    dtype = getattr(torch, generator.model_dtype or "float32")
+    assert generator.max_model_len is not None, "it has a default"
+    return ServerEngine(
+        traits=server.traits,
+        model=config.trainer.policy.model.path,
+        max_context_len=generator.max_model_len,
+        vocab_size=shape.vocab_size,
+        lifeline=Lifeline(
+            name,
+            process=server.process,
+            url=server.url,
+            connect=server.connect,
+            open_channel=server.open_channel,
+            health=HealthPolicy(
+                interval_s=health.interval_s,
+                max_failures=health.max_failures,
+                attached_timeout_s=health.startup_timeout_s,
+            ),
+        ),
+        weight_dtype=dtype,
+        adapters=tuple(generator.lora.paths),
+        policy_version=policy_version,
+        verify=None if reference is None else _verify(name, reference, shape.vocab_size, dtype),
+    )
+
+
+async def _sglang_parts(
+    config: Config,
+    index: int,
+    url: str | None,
+    places: Places,
+    shape: ModelShape,
+    device: torch.device,
+    tokenizer: Any,
+    by_user: Callable[[str], bool],
+) -> ServerParts:
+    from skyrl_train.engines.sglang.launch import SGLangAttached, read_attached, sglang_launch
+    from skyrl_train.engines.sglang.weights import sglang_channel
+
+    ids: dict[str, Any] = {"vocab_size": shape.vocab_size, "bos_token_id": getattr(tokenizer, "bos_token_id", None)}
+    launch = (
+        sglang_launch(config, index, log_folder=places.logs, model_path=str(places.model), by_user=by_user, **ids)
+        if url is None
+        else await read_attached(config, index, url, **ids)
+    )
+    traits, kind = launch.traits, config.generator.weight_sync_backend
+    assert kind != "auto" and kind != "local", kind
+
+    def open_channel(at: str) -> WeightChannel:
+        return sglang_channel(
+            kind,
+            at,
+            release=traits.release,
+            model_folder=places.model,
+            tp_size=config.generator.inference_engine_tensor_parallel_size,
+            device=device,
+            disk_root=places.weights / traits.name,
+            name=traits.name,
+        )
+
+    return ServerParts(
+        traits=traits,
+        process=None if isinstance(launch, SGLangAttached) else ServerProcess(launch.spec),
+        url=url,
+        connect=launch.client,
+        open_channel=open_channel,
+    )
+
+
+async def _vllm_parts(
+    config: Config,
+    index: int,
+    url: str | None,
+    places: Places,
+    shape: ModelShape,
+    device: torch.device,
+    tokenizer: Any,
+    by_user: Callable[[str], bool],
+) -> ServerParts:
+    from skyrl_train.engines.vllm.launch import attach_vllm, vllm_launch
+    from skyrl_train.engines.vllm.weights import vllm_channel
+
+    def decode(token_ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(token_ids)))
+
+    ids: dict[str, Any] = {"vocab_size": shape.vocab_size, "decode": None if tokenizer is None else decode}
+    launch = (
+        vllm_launch(config, index, log_folder=places.logs, model_path=str(places.model), by_user=by_user, **ids)
+        if url is None
+        else await attach_vllm(config, index, url, **ids)
+    )
+    traits, kind = launch.traits, config.generator.weight_sync_backend
+    assert kind != "auto" and kind != "local", kind
+    return ServerParts(
+        traits=traits,
+        process=None if launch.spec is None else ServerProcess(launch.spec),
+        url=url,
+        connect=launch.client,
+        open_channel=lambda at: vllm_channel(
+            kind,
+            at,
+            model_folder=places.model,
+            device=device,
+            disk_root=places.weights / traits.name,
+        ),
+    )
+
+
+def _with_scheme(url: str) -> str:
+    return url if "://" in url else f"http://{url}"
+
+
+def _verify(name: str, reference: Score, vocab_size: int, dtype: torch.dtype) -> Verify:
+    async def verify(client: ServerClient, version: int) -> None:
+        await verify_weights(
+            client.score,
+            reference,
+            token_ids=probe_tokens(vocab_size),
+            dtype=dtype,
+            engine=name,
+            version=version,
+        )
+
+    return verify

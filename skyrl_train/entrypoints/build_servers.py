@@ -1,0 +1,65 @@
+"""The engines of a run that are servers, and how they share GPUs with the trainer."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from skyrl_train.config.placement import take_turns
+from skyrl_train.config.schema import Config
+from skyrl_train.engines.base import Engine
+from skyrl_train.engines.build import Places, build_server_engine
+from skyrl_train.errors import ConfigError
+from skyrl_train.training.learner import Learner
+from skyrl_train.weight_sync.sync import Turns
+
+
+def server_places(config: Config, model_folder: Path) -> Places:
+    """Logs and weights lie in the run's folder."""
+    run = Path(config.trainer.run_path or ".")
+    return Places(model=model_folder, logs=run / "engines", weights=run / "engines")
+
+
+def build_servers(
+    config: Config, learner: Learner, tokenizer: Any, *, model_folder: Path, by_user: Callable[[str], bool]
+) -> Engine:
+    """Described and checked, not started; called where no event loop runs yet. Raises ConfigError."""
+    trainer = learner.trainer
+
+    async def score(token_ids: Sequence[int]) -> tuple[float, ...]:
+        return trainer.score(token_ids)
+
+    return asyncio.run(
+        build_server_engine(
+            config,
+            server_places(config, model_folder),
+            device=trainer.model.device,
+            policy_version=trainer.version,
+            reference=score,
+            tokenizer=tokenizer,
+            by_user=by_user,
+        )
+    )
+
+
+def build_turns(config: Config, engine: Engine) -> Turns | None:
+    """None where each has memory of its own. Raises ConfigError for an engine that can't give its memory back."""
+    if not take_turns(config):
+        return None
+    if "sleep" not in engine.info.capabilities:
+        raise ConfigError(
+            f"engine {engine.info.name} can't sleep, and trainer.placement.colocate_all=true puts it on the trainer's "
+            "GPUs; give it GPUs of its own with trainer.placement.colocate_all=false"
+        )
+    whole = not config.trainer.policy.model.lora.rank
+    return Turns(releases=("kv_cache", "weights") if whole else ("kv_cache",), make_room=_make_room)
+
+
+def _make_room() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
