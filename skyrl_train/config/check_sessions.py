@@ -29,12 +29,6 @@ def sessions(checked: Checked) -> Iterator[Finding]:
             f"{checked.show(f'{_SESSIONS}.default_capacity')} can't hold a whole trajectory: prompt and answer "
             f"together take up to {need} tokens (generator.max_model_len); set at least that"
         )
-    elif keys.pool_sessions and keys.default_capacity < 2 * need:
-        yield warning(
-            f"{checked.show(f'{_SESSIONS}.pool_sessions')}: a session is used again while it has room for a whole "
-            f"context of {need} tokens beside what it holds, and {_SESSIONS}.default_capacity={keys.default_capacity} "
-            "leaves little or none; set a multiple of the context"
-        )
     if not keys.pool_sessions and checked.is_set(f"{_SESSIONS}.max_pool_size"):
         yield warning(f"{checked.show(f'{_SESSIONS}.max_pool_size')} has no effect: {_SESSIONS}.pool_sessions=false")
 

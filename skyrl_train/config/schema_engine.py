@@ -105,8 +105,7 @@ class Sessions(Group):
     )
     pool_sessions: bool = Field(
         False,
-        description="Use a session for another trajectory, which starts at its root, as long as it has room for a "
-        "whole context; false opens one for each.",
+        description="Empty a session whose trajectory ended and use it for another one; false opens one for each.",
     )
     max_pool_size: Positive = Field(256, description="Sessions that wait for another trajectory at most.")
 

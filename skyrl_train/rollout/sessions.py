@@ -30,20 +30,15 @@ class _Session:
     """One open session, of one trajectory at a time. `answered` is what its user can go on from, by request."""
 
     session_id: str
-    num_held: int = 0
-    """Tokens that its requests left there, those of earlier users included."""
     answered: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    num_running: int = 0
     rejected: bool = False
-    broken: bool = False
 
 
 class Sessions:
     """Owns the sessions that a run's trajectories have open in one engine. One event loop.
 
-    With `max_idle` over 0 a session whose trajectory ended well is kept for another one, that many at most, as long as
-    it has room for a whole context beside what it holds already: its next user starts at the root, in which nothing
-    of the earlier one is. Every other session is closed as soon as its trajectory ends, fails or is cancelled.
+    With `max_idle` over 0 a session whose trajectory ended well is emptied and kept for another one, that many at most.
+    Every other session is closed as soon as its trajectory ends, fails or is cancelled.
     """
 
     def __init__(self, engine: Engine, *, capacity: int, max_idle: int = 0) -> None:
@@ -51,7 +46,8 @@ class Sessions:
         self._capacity = capacity
         self._max_idle = max_idle
         self._in_use: dict[str, _Session] = {}
-        self._idle: deque[_Session] = deque()
+        self._idle: deque[str] = deque()
+        self._emptying: set[str] = set()
         self._closing: set[asyncio.Task[None]] = set()
         self._warned: set[str] = set()
         self.num_opened_total = 0
@@ -61,8 +57,8 @@ class Sessions:
 
     @property
     def num_open(self) -> int:
-        """In use and idle ones."""
-        return len(self._in_use) + len(self._idle)
+        """In use, idle, and on the way from one to the other."""
+        return len(self._in_use) + len(self._emptying) + len(self._idle)
 
     @asynccontextmanager
     async def one(self) -> AsyncIterator[SessionRef | None]:
@@ -80,13 +76,12 @@ class Sessions:
             ended_well = True
         finally:
             del self._in_use[session.session_id]
-            if ended_well and self._is_reusable(session):
-                session.answered.clear()
-                session.rejected = False
-                self._idle.append(session)
-            else:
-                # Shielded: a trajectory that is cancelled twice must not leave its session behind.
-                await asyncio.shield(self._close_later(session.session_id))
+            keep = ended_well and len(self._idle) + len(self._emptying) < self._max_idle
+            leave = self._empty if keep else self._close
+            if keep:
+                self._emptying.add(session.session_id)
+            # Shielded: a trajectory that is cancelled twice must not leave its session behind.
+            await asyncio.shield(self._in_background(leave(session.session_id)))
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """A `GenerateFn`: the request's session, if it names one, gets what follows its longest answered history."""
@@ -96,39 +91,29 @@ class Sessions:
         prompt = request.prompt_token_ids
         parent, num_known = _longest(session, prompt)
         ref = SessionRef(session_id=session.session_id, parent_request_id=parent)
-        session.num_running += 1
         try:
             completion = await self._engine.generate(replace(request, prompt_token_ids=prompt[num_known:], session=ref))
         except RequestRejected as exc:
             return await self._whole(request, session, exc)
-        except BaseException:
-            session.broken = True  # what it holds is no longer known
-            raise
-        finally:
-            session.num_running -= 1
-        session.num_held += len(prompt) - num_known + len(completion.token_ids)
         if completion.finish_reason != "abort":
             session.answered[request.request_id] = prompt + completion.token_ids
         return completion
 
     async def close(self) -> None:
         """Close all that is open; trajectories have ended by now. Returns when the engine has answered."""
-        idle, self._idle = self._idle, deque()
-        for session in (*idle, *self._in_use.values()):
-            self._close_later(session.session_id)
-        while self._closing:
+        self._max_idle = 0
+        while self._closing:  # what is being emptied comes to be idle
             await asyncio.gather(*self._closing)
+        idle, self._idle = self._idle, deque()
+        await asyncio.gather(*(self._close(session_id) for session_id in (*idle, *self._in_use)))
 
     # -- opening and closing
 
     async def _take(self) -> _Session | None:
-        if self._idle:
-            session = self._idle.popleft()
-        else:
-            opened = await self._open()
-            if opened is None:
-                return None
-            session = _Session(session_id=opened)
+        session_id = self._idle.popleft() if self._idle else await self._open()
+        if session_id is None:
+            return None
+        session = _Session(session_id=session_id)
         assert session.session_id not in self._in_use, (session.session_id, list(self._in_use))
         self._in_use[session.session_id] = session
         return session
@@ -158,8 +143,15 @@ class Sessions:
             return  # there is none
         await self._close(session_id)
 
-    def _close_later(self, session_id: str) -> asyncio.Task[None]:
-        return self._in_background(self._close(session_id))
+    async def _empty(self, session_id: str) -> None:
+        try:
+            await self._engine.clear_session(session_id)
+        except EngineError:  # a request of its user still runs in it, or the engine is gone
+            await self._close(session_id)
+        else:
+            self._idle.append(session_id)
+        finally:
+            self._emptying.discard(session_id)
 
     async def _close(self, session_id: str) -> None:
         try:
@@ -173,10 +165,6 @@ class Sessions:
         self._closing.add(task)
         task.add_done_callback(self._closing.discard)
         return task
-
-    def _is_reusable(self, session: _Session) -> bool:
-        room = self._capacity - session.num_held >= self._engine.info.max_context_len
-        return room and not session.broken and not session.num_running and len(self._idle) < self._max_idle
 
     # -- requests that a session refuses
 

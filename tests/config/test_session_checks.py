@@ -29,12 +29,6 @@ def test_a_session_holds_a_whole_context_or_is_refused_with_both_numbers() -> No
     load_config([*CONTEXT, "generator.max_turns=4", too_small][:-1])
 
 
-def test_a_pool_whose_sessions_hold_one_context_says_that_none_is_used_again() -> None:
-    pool = (*ON, *CONTEXT, "generator.sessions.pool_sessions=true")
-    assert "leaves little or none" in warned(*pool, "generator.sessions.default_capacity=4000")
-    assert "leaves little or none" not in warned(*pool)
-
-
 @pytest.mark.parametrize("setting", ["default_capacity=4096", "pool_sessions=true", "max_pool_size=3"])
 def test_keys_of_sessions_that_are_off_have_no_effect(setting: str) -> None:
     off = ("generator.backend=sglang", f"generator.sessions.{setting}")

@@ -14,7 +14,9 @@ from skyrl_train.types import Completion, GenerateRequest, SessionRef, WeightUpd
 
 
 class SessionEngine:
-    """Implements `Engine`. `sent` are the requests as they came; `opening` unset holds `open_session` up."""
+    """Implements `Engine`. `sent` are the requests as they came; `opening` and `emptying` unset hold these
+    calls up.
+    """
 
     def __init__(self, engine: EmbeddedEngine, *, capabilities: Sequence[Any] = ("sessions", "priority")) -> None:
         self.engine = engine
@@ -22,6 +24,8 @@ class SessionEngine:
         self.sent: list[GenerateRequest] = []
         self.opening = asyncio.Event()
         self.opening.set()
+        self.emptying = asyncio.Event()
+        self.emptying.set()
         self._info = replace(engine.info, capabilities=engine.info.capabilities | frozenset(capabilities))
 
     @property
@@ -61,6 +65,10 @@ class SessionEngine:
         session_id = self.book.open(capacity)
         await self.opening.wait()
         return session_id
+
+    async def clear_session(self, session_id: str) -> None:
+        await self.emptying.wait()
+        self.book.clear(session_id)
 
     async def close_session(self, session_id: str) -> None:
         self.book.close(session_id)

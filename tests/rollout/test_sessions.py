@@ -320,21 +320,43 @@ async def test_the_pool_is_bounded_gives_a_session_to_one_user_at_a_time_and_eac
         assert (sessions.num_open, len(engine.book)) == (0, 0)
 
 
-async def test_a_session_is_not_kept_without_room_for_a_whole_context() -> None:
+async def test_a_session_that_is_used_again_is_empty() -> None:
     async with engine_with_sessions() as engine:
-        sessions = Sessions(engine, capacity=CONTEXT + 250, max_idle=4)
-        (first,) = await roll_out(engine, sessions)
-        held = len(first.turns[-1].prompt_token_ids) + len(first.turns[-1].completion.token_ids)
-        opened = []
-        for _ in range(6):
-            opened.append(sessions.num_opened_total)
-            await roll_out(engine, sessions)
-        assert 0 < held < 250
-        uses = 250 // held + 1
-        wanted = [-(-rollouts // uses) for rollouts in range(1, 7)]
-        assert opened == wanted and opened[-1] > 1, "each serves until it holds more than 250 tokens"
-        assert sessions.num_whole_total == 0
+        sessions = Sessions(engine, capacity=CONTEXT, max_idle=1)
+        expected = await roll_out(engine, sessions)
+        for _ in range(8):  # together far more than the capacity
+            assert tokens(await roll_out(engine, sessions)) == tokens(expected)
+        assert (sessions.num_opened_total, sessions.num_whole_total, len(engine.book)) == (1, 0, 1)
         await sessions.close()
+
+
+async def test_a_session_in_which_something_still_runs_is_not_handed_on() -> None:
+    async with engine_with_sessions() as engine:
+        sessions = Sessions(engine, capacity=CONTEXT, max_idle=4)
+        await engine.pause()
+        async with sessions.one() as ref:
+            request = GenerateRequest(request_id="a", prompt_token_ids=(65, 66), sampling=GREEDY, session=ref)
+            left_behind = asyncio.create_task(sessions.generate(request))
+            while not engine.sent:
+                await asyncio.sleep(0)
+        assert (sessions.num_open, len(engine.book)) == (0, 0)
+        left_behind.cancel()
+
+
+async def test_a_run_that_ends_while_sessions_are_emptied_leaves_none() -> None:
+    async with engine_with_sessions() as engine:
+        sessions = Sessions(engine, capacity=CONTEXT, max_idle=2)
+        engine.emptying.clear()
+        task = asyncio.create_task(roll_out(engine, sessions, count=3))
+        while len(engine.book) != 2 or len(engine.sent) < 9:
+            await asyncio.sleep(0)
+        assert sessions.num_open == 2, "the third one is closed at once: no more than two are kept"
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.emptying.set()
+        await sessions.close()
+        assert (sessions.num_open, len(engine.book)) == (0, 0)
 
 
 SETTINGS = RolloutSettings(num_samples=2, sampling=SAMPLED, seed=5, max_failed_frac=0.0)
