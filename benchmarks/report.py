@@ -54,19 +54,21 @@ class Report:
         return page
 
 
-ABOUT_THIS_MACHINE = ("--out", "--runs", "--budget-s")
+ABOUT_THIS_MACHINE = ("--out", "--runs", "--work", "--budget-s")
 """Options of where things go and how long it may take: no part of what was measured."""
 
 
 def command_line() -> str:
-    module = Path(sys.argv[0]).stem
+    spec = sys.modules["__main__"].__spec__  # what `python -m` runs
+    found = spec.name if spec is not None else ""
+    module = found if found.startswith("benchmarks.") else f"benchmarks.{Path(sys.argv[0]).stem}"
     argv = sys.argv[1:]
     kept = [
         word
         for before, word in zip(["", *argv], argv, strict=False)
         if not word.startswith(ABOUT_THIS_MACHINE) and before not in ABOUT_THIS_MACHINE
     ]
-    return " ".join(["python", "-m", f"benchmarks.{module}", *kept])
+    return " ".join(["python", "-m", module, *kept])
 
 
 def rate(tokens: int, seconds: float) -> str:
