@@ -80,7 +80,7 @@ GPU_KEYS: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """`folder` is the model; `pythons` are the interpreters that have the servers; `more` are keys that win."""
+    """`folder` is the model; `pythons` have the servers; `more` are keys of the servers' configuration, and win."""
 
     shape: ModelShape
     device: str
@@ -119,7 +119,8 @@ class Setup:
                 keys["generator.engine_python"] = self.pythons[backend]
             if variant == "group":
                 keys["generator.weight_sync_backend"] = "nccl" if on_gpu else "gloo"
-        return [*(f"{key}={value}" for key, value in keys.items()), *self.more]
+        more = self.more if backend in SERVERS else ()
+        return [*(f"{key}={value}" for key, value in keys.items()), *more]
 
     def config(self, backend: str, variant: str = "plain", *, number: int = 0) -> Config:
         return load_config(self.overrides(backend, variant, number=number)).config
@@ -147,7 +148,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--budget-s", type=float, default=3600.0, help="what doesn't fit any more is not run")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the configuration; may be repeated"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of the servers' configuration; may be repeated",
     )
 
 
