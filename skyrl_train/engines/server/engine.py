@@ -202,6 +202,8 @@ class ServerEngine:
             self._whole = False
             await self._on_server(lambda client: client.halt())
             raise
+        except EngineUnavailable as exc:
+            raise EngineUnavailable(await self._lifeline.account(str(exc))) from exc
         self._unproved = False
 
     async def flush_cache(self) -> None:

@@ -19,6 +19,9 @@ from skyrl_train.weight_sync.channel import WeightChannel
 
 logger = logging.getLogger(__name__)
 
+ACCOUNT_TIMEOUT_S = 5.0
+"""A server that answers that it broke takes a moment to end."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HealthPolicy:
@@ -101,6 +104,15 @@ class Lifeline:
             for watcher in watchers:
                 watcher.cancel()
             await asyncio.gather(*watchers, return_exceptions=True)
+
+    async def account(self, otherwise: str) -> str:
+        """What ended our process, with the end of its log, if it ends within moments; else `otherwise`."""
+        if self._process is None:
+            return otherwise
+        try:
+            return await asyncio.wait_for(self._process.wait_dead(), ACCOUNT_TIMEOUT_S)
+        except TimeoutError:
+            return otherwise
 
     def is_running(self) -> bool:
         """Whether our process is there at all; True for a server of somebody else's."""
