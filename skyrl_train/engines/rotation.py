@@ -35,8 +35,8 @@ class Place:
 
 
 class Rotation:
-    """Owns the places. `on_loss` is called when one goes out; `bring_back`, tried every `check_interval_s` seconds, clears
-    `lost` once the engine is fit for requests, or raises an EngineError that says why it isn't yet.
+    """Owns the places. `on_loss` is called when one goes out. `bring_back`, tried every `check_interval_s` seconds,
+    clears `lost` once the engine is fit for requests, or raises an EngineError that says why it isn't yet.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Rotation:
 
     async def _wait_for(self, place: Place) -> None:
         said = place.lost
-        while place.lost is not None:
+        while place.lost is not None and not self._closed:
             await asyncio.sleep(self._check_interval_s)
             try:
                 await self._bring_back(place)

@@ -283,7 +283,9 @@ class RoutedEngine:
         """Into the rotation, with the current weights and nothing of the past; or an EngineError: why not yet."""
         async with self._control:
             engine = place.engine
-            stats = await asyncio.wait_for(engine.stats(), CHECK_TIMEOUT_S)
+            # Not wait_for: in Python 3.11 it may lose a cancellation, and `close` would wait for ever.
+            async with asyncio.timeout(CHECK_TIMEOUT_S):
+                stats = await engine.stats()
             if self._asleep or self._torn is not None:
                 raise EngineUnavailable("it answers; the others sleep or wait for a whole update")
             await engine.abort(sorted(place.left_requests))

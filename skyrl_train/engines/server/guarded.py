@@ -79,7 +79,8 @@ class GuardedServer:
         with contextlib.suppress(BrokenPipeError):  # the guard is on its way out: the reports end in a moment
             os.write(self._lifeline, f"stop {grace_s}\n".encode())
         try:
-            await asyncio.wait_for(self._gone.wait(), grace_s + GUARD_MARGIN_S)
+            async with asyncio.timeout(grace_s + GUARD_MARGIN_S):
+                await self._gone.wait()
         except TimeoutError:
             self._kill_all()
             self._guard.kill()

@@ -37,8 +37,10 @@ HEALTH_TIMEOUT_S = 30.0
 """Longer than SGLang takes to find out that its scheduler doesn't answer: 20 s."""
 LOOP_HELD_S = 5.0
 """A check this much later than its deadline says that our own event loop stood still, not the server."""
-GIVE_UP_GRACE_S = 5.0
-"""For a server whose start failed."""
+EXIT_NOTICE_S = 1.0
+"""From the first refused connection until the exit of the process is told."""
+GIVE_UP_GRACE_S = 2.0
+"""For a server whose start failed, and for one that counts as dead: it has nothing to finish."""
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -146,6 +148,9 @@ class ServerProcess:
                     elif not suspended() and failure is not _UNKNOWN:
                         failures += 1
                         logger.warning("engine %s: %s, %d in a row", self.spec.name, failure, failures)
+                        if failures >= max_failures:
+                            # A process that is just ending refuses connections first; its exit status says more.
+                            await asyncio.wait({dead}, timeout=EXIT_NOTICE_S)
                         if failures >= max_failures and self._life is not None:
                             self._life.lose(f"it failed {failures} health checks in a row, the last one: {failure}")
                 if dead.done() or not self.is_running:
@@ -156,7 +161,8 @@ class ServerProcess:
     async def stop(self) -> None:
         """Ends the server and all that it started; returns when nothing is left. A second call does nothing."""
         if self._life is not None:
-            await self._life.stop(self.spec.stop_timeout_s)
+            grace_s = self.spec.stop_timeout_s
+            await self._life.stop(grace_s if self.is_running else min(grace_s, GIVE_UP_GRACE_S))
 
     async def restart(self) -> str:
         """Stop, if it runs, and start; the new base url."""
@@ -294,9 +300,10 @@ class _Life:
             return f"{path}: {exc}"
 
     def lose(self, why: str) -> None:
-        """It counts as dead from now on, though its process may be there."""
-        self._loss = self._loss or why
-        self.died.set()
+        """It counts as dead from now on, though its process may be there. Of several reasons the first stays."""
+        if not self.died.is_set():
+            self._loss = why
+            self.died.set()
 
     async def stop(self, grace_s: float) -> None:
         if not self.died.is_set():
