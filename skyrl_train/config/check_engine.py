@@ -98,14 +98,19 @@ def several_machines(checked: Checked) -> Iterator[Finding]:
 
 def adapters(checked: Checked) -> Iterator[Finding]:
     config = checked.config
-    lora, rank = config.generator.lora, config.trainer.policy.model.lora.rank
+    lora, trained = config.generator.lora, config.trainer.policy.model.lora
+    rank = trained.rank
     if rank and lora.enabled is False:
         yield error(
             f"trainer.policy.model.lora.rank={rank} trains an adapter, and {checked.show('generator.lora.enabled')} "
             "does not serve it"
         )
-    if rank and lora.max_rank is not None and lora.max_rank < rank:
-        yield error(f"{checked.show('generator.lora.max_rank')} is under trainer.policy.model.lora.rank={rank}")
+    if rank and lora.max_rank is not None and lora.max_rank < trained.served_rank:
+        twice = f", and with pissa an engine serves {trained.served_rank}" if trained.served_rank > rank else ""
+        yield error(
+            f"{checked.show('generator.lora.max_rank')} is under trainer.policy.model.lora.rank={rank}{twice}; "
+            "leave it out, or raise it"
+        )
     batch = lora.max_loras_per_batch or 8
     if lora.max_loaded_loras is not None and lora.max_loaded_loras < batch:
         yield error(

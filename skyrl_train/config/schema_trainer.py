@@ -56,6 +56,11 @@ class Lora(Group):
         "principal part with pissa, whose checkpoints keep the rest of the adapted weights too.",
     )
 
+    @property
+    def served_rank(self) -> int:
+        """Of the adapter that makes the untouched model the policy: pissa's also takes its start back."""
+        return 2 * self.rank if self.init_method == "pissa" else self.rank
+
 
 class PolicyModel(Group):
     """The model that is trained."""

@@ -55,3 +55,10 @@ def test_dropout_with_a_bound_on_engine_and_trainer_is_refused() -> None:
     bound = "trainer.algorithm.off_policy.max_logprob_diff=0.1"
     assert "have dropout's noise" in refused(ON, f"{POLICY}.dropout=0.1", bound)
     load_config([ON, bound])
+
+
+def test_an_engine_has_room_for_the_adapter_that_it_serves_which_is_twice_as_wide_with_pissa() -> None:
+    server = ("generator.backend=sglang", "generator.lora.max_rank=8", ON)
+    load_config(list(server))
+    assert "an engine serves 16" in refused(*server, f"{POLICY}.init_method=pissa")
+    assert "max_rank=4" in refused(*server, "generator.lora.max_rank=4")
