@@ -78,6 +78,7 @@ class Part:
     small: tuple[str, ...] = ()
     min_s: float = 40.0
     reserve_s: float = 15.0
+    rehearsed: bool = True
 
 
 COMMON = "--device {device} --shape {shape} --work {work} --out {out} --budget-s {left}"
@@ -101,7 +102,12 @@ def job(config: str, more: str = "") -> str:
     return f"benchmarks.engines.example_job {COMMON} --config {config} {more}"
 
 
-SPEED = "rollouts,side_by_side,sessions,speculation,colocated"
+def sync(engine: str, more: str = "") -> str:
+    """It keeps a minute of its time to end its server in."""
+    return f"benchmarks.weight_sync {COMMON} --engine {engine} {more}"
+
+
+SPEED = "rollouts,side_by_side,sessions,colocated,speculation"
 PARTS: dict[str, tuple[Part, ...]] = {
     "sglang": (
         Part(
@@ -122,12 +128,14 @@ PARTS: dict[str, tuple[Part, ...]] = {
             max_s=130,
             small=TINY_JOB,
         ),
+        Part(name="sync", command=sync("sglang"), max_s=200, reserve_s=0),
+        Part(name="sync-7b", command=sync("sglang", "--shape 7b"), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
         Part(name="speed", command=speed("sglang", SPEED), max_s=330, min_s=90, small=TINY_SPEED),
     ),
     "vllm": (
         Part(
             name="proof",
-            command=f"benchmarks.engines.proof {COMMON} --engine vllm --paths plain,disk",
+            command=f"benchmarks.engines.proof {COMMON} --engine vllm --paths plain",
             max_s=240,
             small=TINY_PROOF,
         ),
@@ -137,9 +145,11 @@ PARTS: dict[str, tuple[Part, ...]] = {
             max_s=150,
             small=TINY_JOB,
         ),
+        Part(name="sync", command=sync("vllm"), max_s=200, reserve_s=0),
+        Part(name="sync-7b", command=sync("vllm", "--shape 7b"), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
         Part(
             name="speed",
-            command=speed("vllm", "side_by_side,sessions,speculation,colocated"),
+            command=speed("vllm", "side_by_side,sessions,colocated,speculation"),
             max_s=330,
             min_s=90,
             small=TINY_SPEED,
@@ -160,6 +170,15 @@ PARTS: dict[str, tuple[Part, ...]] = {
             ),
             max_s=140,
             small=TINY_JOB,
+        ),
+        Part(name="sync", command=sync("sglang", "--paths {group}"), max_s=200, reserve_s=0),
+        Part(
+            name="sync-7b",
+            command=sync("sglang", "--paths {group} --shape 7b"),
+            max_s=240,
+            min_s=120,
+            reserve_s=0,
+            rehearsed=False,
         ),
     ),
 }
@@ -200,6 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     session = Session(out=args.out, end=time.monotonic() + 60 * args.minutes)
     parts = [part for part in PARTS[args.engine] if args.parts is None or part.name in args.parts]
+    if args.rehearse:
+        parts = [part for part in parts if part.rehearsed]
     with tempfile.TemporaryDirectory(prefix="skyrl-gpu-engines-") as folder:
         work = Path(folder)
         environment, keys = prepare(args, work, session)

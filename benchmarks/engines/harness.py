@@ -66,16 +66,20 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 """Keys over those of `Setup.keys`, by the name of what is different."""
 
-GPU_KEYS: dict[str, dict[str, str]] = {
-    "embedded": {"generator.gpu_memory_utilization": "0.2"},
-    "sglang": {
-        # An upper bound: what counts is the number of tokens.
-        "generator.gpu_memory_utilization": "0.8",
-        "generator.scheduling.max_total_tokens": "262144",
-    },
-    "vllm": {"generator.gpu_memory_utilization": "0.22"},
-}
-"""Several engines fit beside each other on one GPU of 80 GB, with room for 262 144 tokens each."""
+VLLM_CACHE_GIB = 11
+"""Beside its weights; with what it needs to run."""
+
+
+def gpu_keys(backend: str, shape: ModelShape, dtype: torch.dtype) -> dict[str, str]:
+    """So that several small engines fit beside each other on one GPU, with room for 200 000 tokens or more each."""
+    if backend == "sglang":
+        # The fraction is an upper bound here: what counts is the number of tokens.
+        return {"generator.gpu_memory_utilization": "0.8", "generator.scheduling.max_total_tokens": "262144"}
+    if backend == "embedded":
+        return {"generator.gpu_memory_utilization": "0.15"}
+    weights = (shape.num_step_weights + shape.num_head_weights) * dtype.itemsize
+    total = torch.cuda.get_device_properties(0).total_memory
+    return {"generator.gpu_memory_utilization": f"{(weights + VLLM_CACHE_GIB * 2**30) / total:.3f}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,7 @@ class Setup:
             "generator.max_num_seqs": str(self.max_num_seqs),
         }
         if on_gpu:
-            keys |= GPU_KEYS[backend]
+            keys |= gpu_keys(backend, self.shape, self.dtype)
         if backend in SERVERS:
             keys |= {"generator.model_dtype": dtype, **VARIANTS[variant]}
             if backend in self.pythons:
@@ -217,8 +221,12 @@ class Fleet:
         return self.end - time.perf_counter()
 
     def prepare(self, backend: str, *variants: str) -> None:
-        """Starts these in the background; does nothing where one engine is up at a time."""
-        if not self.one_at_a_time:
+        """Starts these in the background; does nothing where one engine is up at a time.
+
+        vLLM sizes itself by what it finds free on the GPU, and gives up when that changes meanwhile: it is started when
+        it is asked for.
+        """
+        if not self.one_at_a_time and backend != "vllm":
             for variant in variants:
                 self._begin(backend, variant)
 

@@ -31,6 +31,7 @@ from benchmarks.report import Report
 from benchmarks.workload import FIRST_WORD_ID, Request, draw_tokens
 
 NAME, TITLE = "speculation", "N-gram speculation over batch sizes"
+SIZE_S = 60.0
 KINDS = {"foreseen": GREEDY, "noise": NOISE}
 
 
@@ -62,13 +63,17 @@ async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> Non
         ships.append(ship)
         given = await cell(fleet, f"looping weights, {variant}", lambda s=ship: give(fleet, s, looping_model))
         for kind in KINDS:
+            failed = given if isinstance(given, Failed) else None
             for batch in args.batches:
-                what = f"{variant}, {kind}, {batch} requests"
-                runs[variant, kind, batch] = (
-                    given
-                    if isinstance(given, Failed)
-                    else await cell(fleet, what, lambda s=ship, k=kind, b=batch: one_size(fleet, s, k, b, args))
+                run = failed or await cell(
+                    fleet,
+                    f"{variant}, {kind}, {batch} requests",
+                    lambda s=ship, k=kind, b=batch: one_size(fleet, s, k, b, args),
+                    limit_s=SIZE_S,
                 )
+                runs[variant, kind, batch] = run
+                if isinstance(run, Failed):
+                    failed = run  # a server that ends on this kind of text ends on the next batch too
     report.facts(facts(fleet, ships, f"prompts of {args.prompt} tokens, {args.new} new ones; drafts of 8 tokens"))
     head = ["text", "requests", "off, tokens/s", "on, tokens/s", "on over off", "accept length", "same greedy tokens"]
     report.table(head, [row(runs, kind, batch) for kind in KINDS for batch in args.batches])
