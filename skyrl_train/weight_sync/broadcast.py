@@ -38,7 +38,7 @@ Answer = TypeVar("Answer")
 
 _POLL_S = 0.01
 _GRACE_S = 5.0
-_LAST_WORDS_S = 5.0
+_LAST_WORDS_S = 3.0
 """How long the other half of a failed step may take to say what it knows."""
 _NEVER = timedelta(days=7)
 """NCCL's own timeout takes the whole process down. Ours comes first, and aborts the group alone."""
@@ -195,11 +195,11 @@ async def _both(first: asyncio.Future[Any], second: asyncio.Future[Any], *, dead
 
     When the group fails first, the server gets a moment to fail too: it knows the reason.
     """
-    done, pending = await asyncio.wait({first, second}, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
-    errors = [error for future in done if (error := future.exception()) is not None]
-    if errors and second in done and pending:
-        more, _ = await asyncio.wait(pending, timeout=min(_LAST_WORDS_S, deadline_s))
-        errors += [error for future in more if (error := future.exception()) is not None]
+    _, pending = await asyncio.wait({first, second}, timeout=deadline_s, return_when=asyncio.FIRST_EXCEPTION)
+    if first in pending and second not in pending and second.exception() is not None:
+        await asyncio.wait({first}, timeout=min(_LAST_WORDS_S, deadline_s))
+    # The server's reason comes first.
+    errors = [error for future in (first, second) if future.done() and (error := future.exception()) is not None]
     if errors:
         raise errors[0] if len(errors) == 1 else ExceptionGroup("both sides failed", _plain(errors))
     if pending:
@@ -214,7 +214,7 @@ def _plain(errors: list[BaseException]) -> list[Exception]:
 def _said(error: BaseException) -> str:
     if isinstance(error, BaseExceptionGroup):
         return "; ".join(_said(inner) for inner in error.exceptions)
-    return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0][:500]
+    return f"{type(error).__name__}: {str(error) or 'no message'}".splitlines()[0][:600]
 
 
 async def _settle(future: asyncio.Future[Any]) -> None:

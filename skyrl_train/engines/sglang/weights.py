@@ -213,16 +213,16 @@ class SGLangBroadcast(_SGLangChannel):
         self._host = host
         self._join_timeout_s = join_timeout_s
         self._buffer = BucketBuffer(device)
-        self._group: TrainerGroup | None = None
+        self.group: TrainerGroup | None = None
 
     async def open(self) -> None:
         self._drop()
-        self._group = await self._form()
+        self.group = await self._form()
 
     async def _move(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], version: int) -> None:
-        if self._group is None or self._group.closed:
-            self._group = await self._form()
-        group, buckets = self._group, self._buffer.buckets(plan, tensors)
+        if self.group is None or self.group.closed:
+            self.group = await self._form()
+        group, buckets = self.group, self._buffer.buckets(plan, tensors)
         async with self._calls.session(), self._changing_the_model():
             while (bucket := await in_thread("weight-bucket", lambda: next(buckets, None))) is not None:
                 await group.broadcast(
@@ -236,7 +236,7 @@ class SGLangBroadcast(_SGLangChannel):
                 )
 
     async def close(self) -> None:
-        group = self._group
+        group = self.group
         self._drop()
         if group is not None:
             await self._calls.leave(group.address.name)
@@ -244,7 +244,7 @@ class SGLangBroadcast(_SGLangChannel):
         await super().close()
 
     def _drop(self) -> None:
-        group, self._group = self._group, None
+        group, self.group = self.group, None
         if group is not None:
             group.close()
 
