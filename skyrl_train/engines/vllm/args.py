@@ -77,7 +77,7 @@ ARGUMENTS: tuple[Argument, ...] = (
 )
 
 
-def server_options(config: Config) -> dict[str, Any]:
+def server_options(config: Config, *, model: str | None = None) -> dict[str, Any]:
     """Options of `vllm serve` by name, without host and port. A key wins over what follows from others (derived.py),
     and generator.engine_init_kwargs over both.
     """
@@ -90,7 +90,7 @@ def server_options(config: Config) -> dict[str, Any]:
             continue
         options[argument.option] = converted
     own = {name.lstrip("-").replace("_", "-"): value for name, value in config.generator.engine_init_kwargs.items()}
-    return with_derived(config, options, own) | own
+    return with_derived(config, options, own, model=model or config.trainer.policy.model.path) | own
 
 
 def command_line(config: Config, *, python: str, model: str | None = None) -> list[str]:
@@ -99,7 +99,7 @@ def command_line(config: Config, *, python: str, model: str | None = None) -> li
     `model` is the folder to serve where that isn't trainer.policy.model.path.
     """
     words = [python, "-m", "vllm.entrypoints.cli.main", "serve", model or config.trainer.policy.model.path]
-    for name, value in server_options(config).items():
+    for name, value in server_options(config, model=model).items():
         if value is False:
             words.append(f"--no-{name}")
         elif value is not None:

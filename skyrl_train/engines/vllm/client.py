@@ -20,6 +20,7 @@ from skyrl_train.engines.server.client import (
 from skyrl_train.engines.vllm.adapters import AdapterFolders
 from skyrl_train.engines.vllm.answers import Decode, attempt_result
 from skyrl_train.engines.vllm.connection import Connection
+from skyrl_train.engines.vllm.derived import PROCESSED_LOGPROBS
 from skyrl_train.engines.vllm.metrics import figures
 from skyrl_train.engines.vllm.sampling import completion_body, engine_request_id
 from skyrl_train.errors import ConfigError, EngineError, EngineUnavailable, RequestRejected
@@ -29,7 +30,6 @@ HEALTH_TIMEOUT_S = 5.0
 ADAPTER_TIMEOUT_S = 300.0
 SLEEP_TIMEOUT_S = 300.0
 SCORE_TIMEOUT_S = 600.0
-PROCESSED_LOGPROBS = "processed_logprobs"
 
 _TAGS: Mapping[Occupant, str] = {"weights": "weights", "kv_cache": "kv_cache"}
 
@@ -76,7 +76,7 @@ class VLLMClient:
 
     async def check_identity(self) -> None:
         """Release, model, context, development endpoints and the mode of its log-probabilities."""
-        release = str((await self.http.get("/version"))["version"]).partition("+")[0]
+        release = release_of(await self.http.get("/version"))
         if release != self._traits.release:
             raise ConfigError(
                 f"the server at {self.http.base_url} is vLLM {release}, the run was planned for {self._traits.release}"
@@ -183,23 +183,37 @@ class VLLMClient:
         raise AssertionError("vLLM has no sessions")
 
     async def sleep(self, release: Sequence[Occupant]) -> None:
-        """Cache alone can't be given back: level 1 moves the weights to the host and drops the cache.
-
-        With both in `release` the weights are dropped too (level 2): an update must follow the wake.
+        """vLLM gives back weights and cache together: what is not in `release` is taken again at once, an empty cache
+        included. Weights are dropped, so an update must follow their wake; where adapters are served they are kept in
+        the host's memory instead, because an update then brings the adapter alone.
         """
         if not release:
             return
-        level = 2 if "weights" in release else 1
+        level = 2 if "weights" in release and "lora" not in self._traits.capabilities else 1
         await self.http.post(f"/sleep?level={level}&mode=abort", timeout_s=SLEEP_TIMEOUT_S)
+        await self.wake([occupant for occupant in _TAGS if occupant not in release])
 
     async def wake(self, restore: Sequence[Occupant]) -> None:
+        """With all of it awake the server also goes on stepping, whatever `halt` said before."""
         if not restore:
             return
         tags = "&".join(f"tags={_TAGS[occupant]}" for occupant in restore)
         await self.http.post(f"/wake_up?{tags}", timeout_s=SLEEP_TIMEOUT_S)
 
     async def score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
-        """Waits while the server is halted. vLLM reads no cached prefix for a request that asks for its prompt's."""
+        """vLLM reads no cached prefix for a request that asks for its prompt's. A halted server goes on for this one
+        request and is halted again: nothing else may wait in it then.
+        """
+        halted = bool((await self.http.get("/is_paused"))["is_paused"])
+        if halted:
+            await self.release()
+        try:
+            return await self._score(token_ids)
+        finally:
+            if halted:
+                await self.halt()
+
+    async def _score(self, token_ids: Sequence[int]) -> tuple[float, ...]:
         body = {
             "model": self.model,
             "prompt": list(token_ids),
@@ -246,6 +260,11 @@ class VLLMClient:
         listed = await self.http.post("/collective_rpc", {"method": "list_loras"})
         for adapter_id in sorted({int(number) for number in _numbers(str(listed["results"]))}):
             await self.http.post("/collective_rpc", {"method": "remove_lora", "args": [adapter_id]})
+
+
+def release_of(answer: Mapping[str, Any]) -> str:
+    """Of what /version says: "0.32.0+cpu" is 0.32.0."""
+    return str(answer["version"]).partition("+")[0]
 
 
 def _numbers(text: str) -> list[str]:

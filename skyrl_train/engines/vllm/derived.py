@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from skyrl_train.config.model_shape import BYTES_PER_NUMBER, read_model_shape
-
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
 
@@ -30,7 +28,7 @@ NUM_POLICY_ADAPTERS = 2
 _METHODS = {"ngram": "ngram", "standalone": "draft_model", "eagle": "eagle", "eagle3": "eagle3"}
 
 
-def with_derived(config: Config, options: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def with_derived(config: Config, options: Mapping[str, Any], own: Mapping[str, Any], *, model: str) -> dict[str, Any]:
     """`options` come from keys and stay as they are; `own` are generator.engine_init_kwargs, written later."""
     on_cpu = not config.trainer.placement.policy_num_gpus_per_node
     derived: dict[str, Any] = {}
@@ -43,7 +41,7 @@ def with_derived(config: Config, options: Mapping[str, Any], own: Mapping[str, A
     if config.generator.lora.enabled:
         derived |= _lora(config, {**options, **own})
     if on_cpu:
-        derived |= _cpu(config, {**options, **own})
+        derived |= _cpu(config, {**options, **own}, model)
         # Of all memory of the machine, there; kv-cache-memory-bytes says it exactly.
         options = {name: value for name, value in options.items() if name != "gpu-memory-utilization"}
     return {
@@ -84,16 +82,16 @@ def max_adapters(config: Config) -> int | None:
 def _lora(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
     slots = num_lora_slots(config)
     derived: dict[str, Any] = {"max-loras": slots, "max-cpu-loras": max(slots, known.get("max-cpu-loras") or 0)}
-    if rank := config.trainer.policy.model.lora.rank:
+    if rank := config.trainer.policy.model.lora.served_rank:
         derived["max-lora-rank"] = lora_rank(rank)
     return derived
 
 
-def _cpu(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
+def _cpu(config: Config, known: Mapping[str, Any], model: str) -> dict[str, Any]:
     running = known.get("max-num-seqs") or CPU_MAX_RUNNING
     derived: dict[str, Any] = {
         "max-num-seqs": running,
-        "kv-cache-memory-bytes": _cache_bytes(config, running),
+        "kv-cache-memory-bytes": _cache_bytes(config, running, model),
     }
     if config.generator.cuda_graph.enabled is None:
         # Compiling takes tens of seconds at each start, and pays for no small model.
@@ -101,10 +99,13 @@ def _cpu(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
     return derived
 
 
-def _cache_bytes(config: Config, running: int) -> int:
+def _cache_bytes(config: Config, running: int, model: str) -> int:
     """Room for all that may run at once, within bounds; for one whole context at least, and a last block each."""
+    # The configuration's checks import this module: at the top the import would go round.
+    from skyrl_train.config.model_shape import BYTES_PER_NUMBER, read_model_shape
+
     generator = config.generator
-    shape = read_model_shape(config.trainer.policy.model.path)
+    shape = read_model_shape(model)
     if shape is None or generator.max_model_len is None:
         return UNKNOWN_CACHE_BYTES
     context = -(-generator.max_model_len // CPU_BLOCK_TOKENS) * CPU_BLOCK_TOKENS

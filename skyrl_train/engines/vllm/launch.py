@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from skyrl_train.config.plan import engine_gpus
 from skyrl_train.engines.server.client import ServerTraits
 from skyrl_train.engines.server.environment import engine_environment, engine_python
 from skyrl_train.engines.server.process import LaunchSpec
 from skyrl_train.engines.vllm.answers import Decode
 from skyrl_train.engines.vllm.args import command_line, server_options
-from skyrl_train.engines.vllm.client import VLLMClient
+from skyrl_train.engines.vllm.client import VLLMClient, release_of
+from skyrl_train.engines.vllm.connection import Connection
 from skyrl_train.engines.vllm.derived import max_adapters
 from skyrl_train.engines.vllm.installed import check_options, read_installed
 from skyrl_train.engines.vllm.traits import server_traits
-from skyrl_train.engines.vllm.weights import Carrier, FileCarrier, GroupCarrier, VLLMChannel
 from skyrl_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,71 +29,92 @@ RECEIVER_FOLDER = Path(__file__).parent / "inside"
 
 
 @dataclass(frozen=True, kw_only=True)
-class VLLMServer:
-    """One server of a run. `spec` None: somebody else runs it."""
+class VLLMLaunch:
+    """One server, and what is known of it before it is spoken to. `spec` None: somebody else runs it.
+
+    `decode` turns ids into text with special tokens kept: it is needed with speculation and stop strings.
+    """
 
     spec: LaunchSpec | None
     traits: ServerTraits
-    model: str
-    max_model_len: int | None
+    options: Mapping[str, Any]
     max_adapters: int | None
-    weight_sync: str
-    device: torch.device
+    vocab_size: int | None
+    decode: Decode | None
 
-    def connect(self, url: str, *, vocab_size: int | None = None, decode: Decode | None = None) -> VLLMClient:
-        """`vocab_size` and `decode` are the model's and its tokenizer's; see VLLMClient."""
+    def client(self, url: str) -> VLLMClient:
+        """For the server while it is at `url`: a restart brings it up at another one."""
+        served = self.options["served-model-name"]
         return VLLMClient(
             url,
             traits=self.traits,
-            model=self.model,
-            vocab_size=vocab_size,
-            max_model_len=self.max_model_len,
+            model=served if isinstance(served, str) else str(served[0]),
+            vocab_size=self.vocab_size,
+            max_model_len=self.options.get("max-model-len"),
             max_adapters=self.max_adapters,
-            decode=decode,
+            decode=self.decode,
         )
 
-    def open_channel(self, url: str) -> VLLMChannel:
-        return VLLMChannel(url, _carrier(self.weight_sync, self.device))
 
-
-def plan_server(
+def vllm_launch(
     config: Config,
-    *,
     index: int,
+    *,
     log_folder: Path,
-    model: str | None = None,
-    gpus: Sequence[int] = (),
-    device: torch.device | None = None,
-    is_set: Mapping[str, bool] | None = None,
-) -> VLLMServer:
-    """Engine `index` of a run, checked against the release that generator.engine_python has. Starts nothing.
-
-    `model` is the folder to serve where it isn't trainer.policy.model.path; `gpus` are the engine's, by their number
-    among those that this process sees; `device` is where the trainer's tensors are; `is_set` says which keys the user
-    wrote. Raises ConfigError.
+    model_path: str | None = None,
+    vocab_size: int | None = None,
+    decode: Decode | None = None,
+    by_user: Callable[[str], bool] = lambda key: True,
+) -> VLLMLaunch:
+    """Engine `index`. `model_path` is where the model lies, if not where the key says (a built-in one); `by_user` tells
+    which keys the user set. Asks the interpreter what it has. Raises ConfigError.
     """
     generator = config.generator
     name = f"vllm-{index}"
     python = engine_python(generator.engine_python)
-    options = server_options(config)
+    options = server_options(config, model=model_path)
     installed = read_installed(python, generator.engine_environment)
-    check_options(options, installed, by_user=lambda key: is_set is None or is_set.get(key, False))
-    environment = server_environment(config, python=python, release=installed.release, model=model, gpus=gpus)
+    check_options(options, installed, by_user=by_user)
     spec = LaunchSpec(
         name=name,
-        command=tuple(command_line(config, python=python, model=model)),
-        environment=environment,
+        command=tuple(command_line(config, python=python, model=model_path)),
+        environment=server_environment(
+            config, python=python, release=installed.release, model=model_path, gpus=engine_gpus(config, index)
+        ),
         log_path=log_folder / f"{name}.log",
         startup_timeout_s=generator.health_checks.startup_timeout_s,
     )
-    return _server(config, name, options, release=installed.release, spec=spec, device=device)
+    return VLLMLaunch(
+        spec=spec,
+        traits=server_traits(name, options, release=installed.release),
+        options=options,
+        max_adapters=max_adapters(config),
+        vocab_size=vocab_size,
+        decode=decode,
+    )
 
 
-def plan_attached(config: Config, *, index: int, release: str, device: torch.device | None = None) -> VLLMServer:
-    """A server of generator.remote_inference_engine_urls, which was started with the options that this run would
-    have used. `release` is what its /version says.
+async def attach_vllm(
+    config: Config, index: int, url: str, *, vocab_size: int | None = None, decode: Decode | None = None
+) -> VLLMLaunch:
+    """A server that somebody else runs at `url`, with the options that this run would have started it with: what
+    --explain prints, with `inside` of this package on its PYTHONPATH and VLLM_SERVER_DEV_MODE=1. Its client's
+    check_identity says what differs. Raises EngineUnavailable when nobody answers there.
     """
-    return _server(config, f"vllm-{index}", server_options(config), release=release, spec=None, device=device)
+    connection = Connection(url)
+    try:
+        release = release_of(await connection.get("/version"))
+    finally:
+        await connection.close()
+    options = server_options(config)
+    return VLLMLaunch(
+        spec=None,
+        traits=server_traits(f"vllm-{index}", options, release=release),
+        options=options,
+        max_adapters=max_adapters(config),
+        vocab_size=vocab_size,
+        decode=decode,
+    )
 
 
 def server_environment(
@@ -129,37 +149,6 @@ def server_environment(
     if on_cpu:
         _need_compiler(environment)
     return environment
-
-
-def _server(
-    config: Config,
-    name: str,
-    options: Mapping[str, Any],
-    *,
-    release: str,
-    spec: LaunchSpec | None,
-    device: torch.device | None,
-) -> VLLMServer:
-    served = options["served-model-name"]
-    return VLLMServer(
-        spec=spec,
-        traits=server_traits(name, options, release=release),
-        model=served if isinstance(served, str) else str(served[0]),
-        max_model_len=options.get("max-model-len"),
-        max_adapters=max_adapters(config),
-        weight_sync=config.generator.weight_sync_backend,
-        device=device or torch.device("cpu"),
-    )
-
-
-def _carrier(weight_sync: str, device: torch.device) -> Carrier:
-    if weight_sync == "disk":
-        return FileCarrier()
-    if weight_sync == "gloo":
-        return GroupCarrier("gloo")
-    if weight_sync == "nccl":
-        return GroupCarrier("nccl", device=device)
-    raise ConfigError(f"generator.weight_sync_backend={weight_sync}: vLLM takes disk, gloo and nccl")
 
 
 def _visible(gpus: Sequence[int]) -> str:

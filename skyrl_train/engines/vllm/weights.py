@@ -1,6 +1,6 @@
-"""Weights into a paused vLLM server, by a file or by a process group, over its weight-transfer calls.
+"""Weights into a paused vLLM server, by files, a process group or shared memory, over its weight-transfer calls.
 
-    start ──► plan ──► file | bucket, bucket, … ──► apply ──► finish(version) ──► reset_prefix_cache
+    start ──► plan ──► file | bucket, … | shared, … ──► apply ──► finish(version) ──► reset_prefix_cache
               refused here: nothing changed          the model changes, in the server, whole
 
 The server's half is engines/vllm/inside/skyrl_receiver. vLLM's own transfer engines check nothing before they take
@@ -10,8 +10,8 @@ the model apart, and a refused update leaves their model without weights; ours k
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,11 +19,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from skyrl_train.engines.vllm.connection import Connection
-from skyrl_train.errors import EngineError, WeightsTorn, WeightUpdateError
+from skyrl_train.errors import ConfigError, EngineError, WeightsTorn, WeightUpdateError
 from skyrl_train.weight_sync.broadcast import GroupAddress, GroupBackend, TrainerGroup
+from skyrl_train.weight_sync.buckets import BucketBuffer
+from skyrl_train.weight_sync.cuda_ipc import allocate_shared, handle_bytes
+from skyrl_train.weight_sync.disk import WeightFolders
 from skyrl_train.weight_sync.plan import TensorSpec, WeightPlan
 from skyrl_train.weight_sync.threads import in_thread
 
@@ -40,7 +42,13 @@ class Carrier(Protocol):
 
     async def open(self, updates: UpdateCalls) -> None: ...
 
-    async def carry(self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor]) -> None: ...
+    async def prepare(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        """What needs no server: the same arguments are carried next."""
+        return
+
+    async def carry(
+        self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int
+    ) -> None: ...
 
     async def close(self) -> None: ...
 
@@ -109,18 +117,22 @@ class VLLMChannel:
     async def open(self) -> None:
         await self._carrier.open(self._updates)
 
+    async def prepare(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        plan.check_tensors(tensors)
+        await self._carrier.prepare(plan, tensors, version=version)
+
     async def push(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
         """Raises WeightUpdateError: the server has its old weights and their version; or WeightsTorn, a kind of it:
         it has neither the old nor the new ones.
         """
-        _check_tensors(plan, tensors)
+        plan.check_tensors(tensors)
         began = time.monotonic()
         updates = self._updates
         await updates.start()
         applying = False
         try:
             await updates.step("plan", plan.specs)
-            await self._carrier.carry(updates, plan, tensors)
+            await self._carrier.carry(updates, plan, tensors, version=version)
             applying = True
             await updates.step("apply")
             await updates.finish(version)
@@ -148,28 +160,35 @@ class VLLMChannel:
         await self._http.close()
 
 
-class FileCarrier:
-    """A safetensors file that both sides see, in `folder` or the system's temporary one; gone after each push."""
+class FolderCarrier(Carrier):
+    """A folder of safetensors files that both sides see, written while requests still run."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folders: WeightFolders) -> None:
+        self._folders = folders
+        self._prepared: tuple[int, WeightPlan, Path] | None = None
 
     async def open(self, updates: UpdateCalls) -> None:
         await updates.init()
 
-    async def carry(self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="skyrl-weights-", dir=self._folder) as folder:
-            path = Path(folder) / "update.safetensors"
-            await in_thread("weight-file", lambda: _write(path, plan, tensors))
-            await updates.step("file", path=str(path))
+    async def prepare(self, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int) -> None:
+        self._prepared = None
+        folder = await in_thread("weight-folder", lambda: self._folders.write(plan, tensors, version=version))
+        self._prepared = (version, plan, folder)
+
+    async def carry(
+        self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int
+    ) -> None:
+        if self._prepared is None or self._prepared[:2] != (version, plan):
+            await self.prepare(plan, tensors, version=version)
+        assert self._prepared is not None
+        folder, self._prepared = self._prepared[2], None
+        await updates.step("file", path=str(folder.absolute()))
 
     async def close(self) -> None:
         return
 
 
-class GroupCarrier:
+class GroupCarrier(Carrier):
     """A process group with the server's workers: gloo from host memory, NCCL from the trainer's GPU.
 
     `host` is the trainer's address that the server reaches. A group that broke is formed anew at the next push.
@@ -187,6 +206,7 @@ class GroupCarrier:
         self._host = host
         self._device = device or torch.device("cpu")
         self._join_timeout_s = join_timeout_s
+        self._buffer = BucketBuffer(self._device)
         self._group: TrainerGroup | None = None
         self._num_formed = 0
 
@@ -194,19 +214,22 @@ class GroupCarrier:
         await self.close()
         self._group = await self._form(updates)
 
-    async def carry(self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+    async def carry(
+        self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int
+    ) -> None:
         if self._group is None:
             self._group = await self._form(updates)
         try:
-            for specs in plan.buckets():
-                bucket = flatten(specs, tensors, device=self._device)
-                await self._group.broadcast(bucket, request=updates.step("bucket", specs), deadline_s=updates.timeout_s)
+            for bucket in self._buffer.buckets(plan, tensors):
+                request = updates.step("bucket", [place.spec for place in bucket.places])
+                await self._group.broadcast(bucket.data, request=request, deadline_s=updates.timeout_s)
         except BaseException:
             # Also ends the server's receive, which else stays until its deadline.
             await self.close()
             raise
 
     async def close(self) -> None:
+        self._buffer.free()
         group, self._group = self._group, None
         if group is not None:
             group.close()
@@ -238,35 +261,55 @@ class GroupCarrier:
         )
 
 
-def flatten(specs: Sequence[TensorSpec], tensors: Mapping[str, torch.Tensor], *, device: torch.device) -> torch.Tensor:
-    """The tensors as bytes, one after the other in their wire type; each begins at a multiple of its number's size.
+class SharedCarrier(Carrier):
+    """A buffer that the server's workers open: memory of the trainer's GPU, or of the host for a trainer on the CPU."""
 
-    Example: 3 bfloat16 numbers and 1 float32: bytes [0, 6) and [8, 12).
-    """
-    places, end = [], 0
-    for spec in specs:
-        end += -end % spec.dtype.itemsize
-        places.append(end)
-        end += spec.num_bytes
-    bucket = torch.empty(end, dtype=torch.uint8, device=device)
-    for spec, begin in zip(specs, places, strict=True):
-        view = bucket[begin : begin + spec.num_bytes].view(spec.dtype).view(spec.shape)
-        view.copy_(tensors[spec.name].detach())
-    return bucket
+    def __init__(self, device: torch.device) -> None:
+        self._buffer = BucketBuffer(device, allocate=allocate_shared)
+        self._num_workers = 0
+
+    async def open(self, updates: UpdateCalls) -> None:
+        await updates.init()
+        self._num_workers = await updates.num_workers()
+
+    async def carry(
+        self, updates: UpdateCalls, plan: WeightPlan, tensors: Mapping[str, torch.Tensor], *, version: int
+    ) -> None:
+        try:
+            for bucket in self._buffer.buckets(plan, tensors):
+                # Each worker counts as a holder of the memory until it let go: one handle each.
+                handles = [base64.b64encode(handle_bytes(bucket)).decode() for _ in range(self._num_workers)]
+                await updates.step("shared", [place.spec for place in bucket.places], handles=handles)
+        finally:
+            self._buffer.free()
+
+    async def close(self) -> None:
+        self._buffer.free()
 
 
-def _write(path: Path, plan: WeightPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-    # A copy even where type and device are right: two names that share memory can't be in one file otherwise.
-    held = {spec.name: tensors[spec.name].detach().to("cpu", spec.dtype, copy=True).contiguous() for spec in plan.specs}
-    save_file(held, str(path))
-
-
-def _check_tensors(plan: WeightPlan, tensors: Mapping[str, torch.Tensor]) -> None:
-    for spec in plan.specs:
-        tensor = tensors.get(spec.name)
-        if tensor is None or tuple(tensor.shape) != spec.shape:
-            found = "missing" if tensor is None else f"of shape {list(tensor.shape)}"
-            raise WeightUpdateError(f"the plan has {spec.name} with shape {list(spec.shape)}, the tensor is {found}")
+def vllm_channel(
+    kind: str,
+    url: str,
+    *,
+    model_folder: Path,
+    disk_root: Path,
+    device: torch.device | None = None,
+    timeout_s: float = UPDATE_TIMEOUT_S,
+) -> VLLMChannel:
+    """`kind` is generator.weight_sync_backend; `device` is where the trainer's tensors are. Raises ConfigError."""
+    place = device or torch.device("cpu")
+    carrier: Carrier
+    if kind == "disk":
+        carrier = FolderCarrier(WeightFolders(disk_root, model_folder=model_folder))
+    elif kind == "gloo":
+        carrier = GroupCarrier("gloo")
+    elif kind == "nccl":
+        carrier = GroupCarrier("nccl", device=place)
+    elif kind == "cuda_ipc":
+        carrier = SharedCarrier(place)
+    else:
+        raise ConfigError(f"generator.weight_sync_backend={kind}: vLLM takes disk, gloo, nccl and cuda_ipc")
+    return VLLMChannel(url, carrier, timeout_s=timeout_s)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

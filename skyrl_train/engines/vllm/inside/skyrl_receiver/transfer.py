@@ -1,6 +1,6 @@
 """The weight-transfer engine: what vLLM's update calls do in a worker.
 
-    init(group?) ──► start ──► update: plan ──► update: file | bucket | cuda_ipc … ──► update: apply ──► finish
+    init(group?) ──► start ──► update: plan ──► update: file | bucket | shared … ──► update: apply ──► finish
                                checked here      kept, or loaded as it comes            the model changes
 
 `start` and `plan` touch nothing, so a refused update leaves the old weights served. Tensors that come through host
@@ -29,7 +29,8 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from .manifest import Manifest, UpdateRefused, file_shapes, read_headers, update_files
-from .wire import Piece, cut, pieces, worker_end
+from .shared import open_shared
+from .wire import Piece, cut, num_bytes, pieces, worker_end
 
 TORN = "[weights torn]"
 """Marks the error of an update that broke off after it had changed the model."""
@@ -44,7 +45,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One message: `kind` is plan, file, bucket, cuda_ipc, apply or abandon.
+    """One message: `kind` is plan, file, bucket, shared, apply or abandon.
 
     `tensors` [[name, dtype, shape], ...]: of the whole update (plan) or of this bucket. `timeout_s` bounds a receive.
     """
@@ -52,7 +53,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     kind: str
     tensors: list[Any] = field(default_factory=list)
     path: str = ""
-    handle: dict[str, Any] = field(default_factory=dict)
+    handles: list[str] = field(default_factory=list)
     timeout_s: float = 120.0
 
 
@@ -94,7 +95,7 @@ class SkyRLTransferEngine(WeightTransferEngine):
             "plan": self._take_plan,
             "file": self._take_files,
             "bucket": self._take_bucket,
-            "cuda_ipc": self._take_ipc,
+            "shared": self._take_shared,
             "apply": self._apply,
             "abandon": self._abandon,
         }.get(update_info.kind)
@@ -149,6 +150,8 @@ class SkyRLTransferEngine(WeightTransferEngine):
         where: dict[str, str] = {}
         for path in update_files(info.path):
             for name, shape in file_shapes(path).items():
+                if name not in self._update.plan:
+                    continue  # the folder is a whole model, the update may be a part
                 self._expect(name, shape)
                 if name in where:
                     raise UpdateRefused(f"{name} is in {where[name]} and in {path}")
@@ -169,18 +172,25 @@ class SkyRLTransferEngine(WeightTransferEngine):
         if self._group is None:
             raise UpdateRefused("no group was joined: init_weight_transfer_engine comes first")
         device = self.device if self._group_info["backend"] == "nccl" else torch.device("cpu")
-        bucket = torch.empty(_num_bytes(parts), dtype=torch.uint8, device=device)
+        bucket = torch.empty(num_bytes(parts), dtype=torch.uint8, device=device)
         worker_end().receive(self._group, bucket, timeout_s=info.timeout_s)
         self._take(cut(bucket, parts), streams=device.type != "cpu")
 
-    def _take_ipc(self, info: UpdateInfo) -> None:
-        """A flat tensor of bytes in the trainer's GPU memory. Copied before the answer: the trainer then frees it."""
+    def _take_shared(self, info: UpdateInfo) -> None:
+        """A flat tensor of bytes in the trainer's memory; one handle for each worker. The trainer fills it again after
+        our answer, and a layer's tensors are held until its last one is there: so the bucket is copied.
+        """
         parts = self._parts_of(info)
-        shared = worker_end().open_shared(info.handle, device=self.device)
-        if shared.numel() < _num_bytes(parts):
-            raise UpdateRefused(f"the shared bucket has {shared.numel()} bytes, its tensors need {_num_bytes(parts)}")
-        self._take(cut(shared.clone(), parts), streams=True)
-        torch.cuda.synchronize(self.device)
+        if len(info.handles) <= self._worker:
+            raise UpdateRefused(f"{len(info.handles)} handles came, worker {self._worker} has none")
+        shared = open_shared(info.handles[self._worker])
+        if shared.numel() < num_bytes(parts):
+            raise UpdateRefused(f"the shared bucket has {shared.numel()} bytes, its tensors need {num_bytes(parts)}")
+        copy = shared.to(self.device, copy=True)
+        if self._streams:
+            torch.cuda.synchronize(self.device)
+        del shared
+        self._take(cut(copy, parts), streams=self._streams)
 
     def _apply(self, info: UpdateInfo) -> None:
         self._need_plan()
@@ -210,6 +220,12 @@ class SkyRLTransferEngine(WeightTransferEngine):
         finalize_layerwise_reload(self.model, self.model_config)
 
     # -- below the steps
+
+    @property
+    def _worker(self) -> int:
+        """This worker's number among all of the server's."""
+        parallel = self.parallel_config
+        return int(parallel.data_parallel_index * parallel.world_size + parallel.rank)
 
     @property
     def _streams(self) -> bool:
@@ -252,14 +268,12 @@ class SkyRLTransferEngine(WeightTransferEngine):
             raise UpdateRefused(f"{name} came twice")
 
     def _join(self, group: dict[str, Any]) -> None:
-        parallel = self.parallel_config
-        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self._group = worker_end().join_group(
             host=group["host"],
             port=group["port"],
             name=group["name"],
             backend=group["backend"],
-            rank=group["first_worker_rank"] + worker,
+            rank=group["first_worker_rank"] + self._worker,
             world_size=group["world_size"],
             timeout_s=group["timeout_s"],
         )
@@ -288,14 +302,6 @@ def _shapes_by_config(config: Any) -> dict[str, tuple[int, ...]]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def _num_bytes(parts: list[Piece]) -> int:
-    """Of the flat bucket, with the padding that `cut` skips."""
-    end = 0
-    for part in parts:
-        end += -end % part.dtype.itemsize + part.num_bytes
-    return end
 
 
 def _read(where: dict[str, str], names: Iterable[str]) -> Iterable[tuple[str, torch.Tensor]]:

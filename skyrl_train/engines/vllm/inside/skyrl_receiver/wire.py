@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,19 +32,20 @@ def pieces(described: list[list[Any]]) -> list[Piece]:
 
 
 def cut(bucket: torch.Tensor, parts: list[Piece]) -> list[tuple[str, torch.Tensor]]:
-    """Views of a flat byte tensor, one after the other in the order of `parts`.
-
-    Offsets are padded as the sender pads them: each piece begins at a multiple of its own number's size.
-    """
-    found, offset = [], 0
+    """Views of a flat tensor of bytes, one after the other in the order of `parts`."""
+    found, end = [], 0
     for part in parts:
-        offset += -offset % part.dtype.itemsize
-        view = bucket[offset : offset + part.num_bytes].view(part.dtype).view(part.shape)
-        found.append((part.name, view))
-        offset += part.num_bytes
+        begin, end = end, end + part.num_bytes
+        found.append((part.name, bucket[begin:end].view(part.dtype).view(part.shape)))
     return found
 
 
+def num_bytes(parts: list[Piece]) -> int:
+    """Of the flat bucket."""
+    return sum(part.num_bytes for part in parts)
+
+
+@lru_cache(maxsize=1)
 def worker_end() -> ModuleType:
     """skyrl_train/weight_sync/worker_end.py, loaded as a file: the package around it is not for this interpreter."""
     path = Path(__file__).resolve().parents[4] / "weight_sync" / "worker_end.py"
