@@ -90,3 +90,13 @@ def test_metrics_of_several_servers_are_one_valid_text() -> None:
     assert len(found) == 12
     assert {family.type for family in families} == {"gauge", "histogram", "unknown"}
     assert joined_metrics({"a": "", "b": ""}) == ""
+
+
+def test_a_servers_own_label_of_that_name_is_kept_under_another() -> None:
+    text = 'vllm:running{engine="0",model_name="say \\"engine=\\", }"} 3.0\n'
+    (family,) = text_string_to_metric_families(joined_metrics({"vllm-1": text}))
+    assert family.samples[0].labels == {
+        "engine": "vllm-1",
+        "exported_engine": "0",
+        "model_name": 'say "engine=", }',
+    }
