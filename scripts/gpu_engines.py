@@ -36,6 +36,8 @@ RESERVE_S = 8.0
 SETTLE_S = 20.0
 """For a part's engines to leave the GPU before the next one sizes itself by what is free."""
 SETTLED_MIB = 3000
+REHEARSAL_SLOWER = 4
+"""A CPU takes longer to start servers, one at a time."""
 SHOWN_LINES = 30
 
 ENVIRONMENT = {
@@ -82,7 +84,8 @@ class Part:
 
 
 COMMON = "--device {device} --shape {shape} --work {work} --out {out} --budget-s {left}"
-TINY_PROOF = ("--max-num-seqs", "64")
+TINY = ("--max-num-seqs", "64")
+TINY_PROOF = (*TINY, "--paths", "plain")
 TINY_JOB = ("--prompts", "4", "--samples", "2", "--new", "16")
 TINY_SPEED = (
     "--max-num-seqs=64",
@@ -160,7 +163,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
             name="proof",
             command=f"benchmarks.engines.proof {COMMON} --engine sglang --paths group --only-updates",
             max_s=150,
-            small=TINY_PROOF,
+            small=TINY,
         ),
         Part(
             name="job-nccl",
@@ -224,6 +227,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="skyrl-gpu-engines-") as folder:
         work = Path(folder)
         environment, keys = prepare(args, work, session)
+        (work / "results").mkdir()
+        for rows in (ROOT / "benchmarks" / "results").glob("engines-side-by-side-*.json"):
+            shutil.copy(rows, work / "results")  # of other engines, from an earlier run
         session.say(versions(environment))
         failed = []
         for part in parts:
@@ -367,7 +373,7 @@ def run_part(
     session: Session,
 ) -> bool:
     """True when it ended by itself with exit code 0."""
-    limit = min(part.max_s, session.left_s - RESERVE_S)
+    limit = min(part.max_s * (REHEARSAL_SLOWER if args.rehearse else 1), session.left_s - RESERVE_S)
     if limit < part.min_s:
         session.say(f"{part.name}: not run, {session.left_s:.0f} s are left")
         return False

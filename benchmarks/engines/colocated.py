@@ -21,7 +21,7 @@ from benchmarks.report import Report
 from benchmarks.workload import LengthRange, draw_requests
 from skyrl_train.types import NamedWeights, WeightUpdate
 
-NAME, TITLE = "colocated", "Sleep and wake on a shared GPU"
+NAME, TITLE = "colocated-{engine}", "Sleep and wake on a shared GPU, {engine}"
 GIB = 2**30
 
 

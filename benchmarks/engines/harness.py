@@ -281,7 +281,13 @@ async def open_fleet(args: argparse.Namespace, report: Report) -> AsyncIterator[
 
 
 def new_report(name: str, title: str, args: argparse.Namespace) -> Report:
-    return Report(f"{title}, {args.shape}", f"engines-{name}-{args.shape}-{machine.slug(args.device)}", args.out)
+    """A benchmark of one server (`name` has {engine}) has a table for each."""
+    what = name.format(engine=getattr(args, "engine", ""))
+    return Report(
+        f"{title.format(engine=getattr(args, 'engine', ''))}, {args.shape}",
+        f"engines-{what}-{args.shape}-{machine.slug(args.device)}",
+        args.out,
+    )
 
 
 def run_alone(

@@ -29,7 +29,7 @@ from benchmarks.report import Report
 from benchmarks.workload import LengthRange, Request, draw_requests, draw_tokens
 from skyrl_train.types import Completion, SessionRef
 
-NAME, TITLE = "proof", "A server engine proved"
+NAME, TITLE = "proof-{engine}", "{engine} proved"
 PATHS = ("plain", "disk", "group")
 """Variants of the engine by how new weights reach it. plain is what the placement says: CUDA IPC on a shared GPU."""
 CONSTANTS = ((777, 3), (1234, 5))

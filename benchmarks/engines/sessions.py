@@ -24,7 +24,7 @@ from benchmarks.workload import draw_tokens
 from skyrl_train.engines.base import Engine
 from skyrl_train.types import SessionRef
 
-NAME, TITLE = "sessions", "Sessions, prefix cache, neither"
+NAME, TITLE = "sessions-{engine}", "Sessions, prefix cache, neither, {engine}"
 WAYS = (("sessions", "plain"), ("prefix cache, whole prompts", "plain"), ("neither", "no prefix cache"))
 """(name, variant of the engine)."""
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from benchmarks import machine
@@ -44,6 +45,7 @@ class Entry:
     difference: str
     tokens: list[list[int]]
     error: str = ""
+    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> Non
         if rows:
             report.text(f"## {mode.capitalize()}")
             head = ["requests", "engine", "tokens/s", "over the fastest", "log-probabilities beside transformers'"]
-            report.table([*head, "greedy tokens as embedded's" if mode == "greedy" else ""], rows)
+            report.table([*head, "greedy tokens as embedded's" if mode == "greedy" else "", "measured"], rows)
     report.text(
         "Prefix caches were emptied before each run. Log-probabilities and tokens are of the first "
         f"{NUM_CHECKED} requests; where two engines' best tokens are nearly tied, bfloat16 may decide either way, and "
@@ -153,12 +155,11 @@ def table_rows(entries: Sequence[Entry], mode: str) -> list[list[str]]:
         for entry in group:
             name = f"{entry.engine} {entry.release}".strip()
             if entry.tokens_per_s is None:
-                rows.append([str(size), name, entry.error, "", "", ""])
+                rows.append([str(size), name, entry.error, "", "", "", entry.when])
                 continue
             part = f"{entry.tokens_per_s / fastest:.2f}"
-            rows.append(
-                [str(size), name, f"{entry.tokens_per_s:,.0f}", part, entry.difference, alike(entry.tokens, ours)]
-            )
+            figures = [f"{entry.tokens_per_s:,.0f}", part, entry.difference, alike(entry.tokens, ours)]
+            rows.append([str(size), name, *figures, entry.when])
     return rows
 
 

@@ -30,7 +30,7 @@ from benchmarks.engines.weights import give
 from benchmarks.report import Report
 from benchmarks.workload import FIRST_WORD_ID, Request, draw_tokens
 
-NAME, TITLE = "speculation", "N-gram speculation over batch sizes"
+NAME, TITLE = "speculation-{engine}", "N-gram speculation over batch sizes, {engine}"
 SIZE_S = 60.0
 KINDS = {"foreseen": GREEDY, "noise": NOISE}
 

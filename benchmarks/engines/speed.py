@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 async def run_all(args: argparse.Namespace) -> None:
     chosen = [name for name in args.benchmarks if name not in OF_SGLANG or args.engine == "sglang"]
-    async with open_fleet(args, new_report("speed", "Benchmarks of one server", args)) as fleet:
+    async with open_fleet(args, new_report("speed-{engine}", "Benchmarks of {engine}", args)) as fleet:
         for name in chosen:
             module = BENCHMARKS[name]
             own = options(name, module, args)
