@@ -75,9 +75,7 @@ def prompt_logprobs(answer: Mapping[str, Any], *, what: str) -> tuple[float, ...
     pairs = answer["meta_info"].get("input_token_logprobs") or []
     values = tuple(pair[0] for pair in pairs[1:])
     if not pairs or None in values:
-        raise EngineError(
-            f"{what}: SGLang gave {len(pairs)} log-probabilities of the prompt, or some that are no number"
-        )
+        raise EngineError(f"{what}: of {len(pairs)} log-probabilities of the prompt some are missing or no number")
     return values
 
 

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.engines.sglang.args import ARGUMENTS
-from skyrl_train.engines.sglang.derived import cpu_arguments, lora_arguments
+from skyrl_train.engines.sglang.derived import cpu_arguments, lora_arguments, penalty_arguments
 
 if TYPE_CHECKING:
     # The configuration's checks import this module: at run time the import goes one way.
@@ -68,7 +68,7 @@ def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
     if "attn_dp_size" in arguments:
         # One size now says what a flag beside dp_size said before.
         arguments["attn_dp_size"] = arguments.pop("dp_size")
-    arguments = lora_arguments(config) | arguments
+    arguments = lora_arguments(config) | penalty_arguments(config) | arguments
     placement = config.trainer.placement
     if not placement.policy_num_gpus_per_node:
         arguments = cpu_arguments(config, release=release) | arguments

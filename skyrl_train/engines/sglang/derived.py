@@ -1,4 +1,4 @@
-"""Server arguments that follow from others: what adapters need, and what a server on a CPU needs.
+"""Server arguments that follow from others: what adapters, penalties and a server on a CPU need.
 
 They come first, so whatever a key or generator.engine_init_kwargs writes wins.
 """
@@ -28,9 +28,22 @@ def lora_arguments(config: Config) -> dict[str, Any]:
     modules = LINEAR_MODULES if isinstance(lora.target_modules, str) else lora.target_modules
     excluded = set(lora.exclude_modules)
     return {
-        "max_lora_rank": lora.rank,
+        "max_lora_rank": lora.served_rank,
         "lora_target_modules": [module for module in modules if module not in excluded],
     }
+
+
+def penalty_arguments(config: Config) -> dict[str, Any]:
+    """While the scheduler works ahead of the sampler it penalises a token one step late, so that a repetition at once
+    is free, and the prompt's last token too (0.5.17, 0.5.23). Without that, what it does is what was asked for.
+    """
+    asked = (config.generator.sampling_params, config.generator.eval_sampling_params)
+    if any(
+        (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) != (1, 0, 0)
+        for sampling in asked
+    ):
+        return {"disable_overlap_schedule": True}
+    return {}
 
 
 def cpu_arguments(config: Config, *, release: str) -> dict[str, Any]:

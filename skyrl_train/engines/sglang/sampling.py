@@ -60,20 +60,25 @@ def _refuse_unable(sampling: SamplingParams, capabilities: frozenset[Capability]
         raise RequestRejected(f"{what}: this server has no grammar backend; it can't follow a grammar")
     if sampling.min_p and "min_p" not in capabilities:
         raise RequestRejected(f"{what}: min_p={sampling.min_p}: SGLang ignores it while it speculates; leave it out")
+    if sampling.min_new_tokens and "speculation" in capabilities:
+        raise RequestRejected(
+            f"{what}: min_new_tokens={sampling.min_new_tokens}: SGLang counts steps, not tokens, while it speculates; "
+            "leave it out, or turn generator.speculative_decoding.enabled off"
+        )
     penalties = [
         f"{name}={getattr(sampling, name)}"
-        for name, off in (
-            ("repetition_penalty", 1),
-            ("presence_penalty", 0),
-            ("frequency_penalty", 0),
-            ("min_new_tokens", 0),
-        )
+        for name, off in (("repetition_penalty", 1), ("presence_penalty", 0), ("frequency_penalty", 0))
         if getattr(sampling, name) != off
     ]
     if penalties and "penalties" not in capabilities:
         raise RequestRejected(
-            f"{what}: {', '.join(penalties)}: SGLang counts steps, not tokens, while it speculates; leave it out, or "
-            "turn generator.speculative_decoding.enabled off"
+            f"{what}: {', '.join(penalties)}: SGLang penalises a token one step late unless its scheduler waits for "
+            "the sampler; set generator.scheduling.disable_overlap=true, without speculative decoding"
+        )
+    if sampling.repetition_penalty != 1 and (sampling.presence_penalty or sampling.frequency_penalty):
+        raise RequestRejected(
+            f"{what}: {', '.join(penalties)}: SGLang divides before it subtracts or after, as it happens at each start "
+            "of the server; leave the repetition penalty or the others out"
         )
 
 

@@ -6,6 +6,11 @@ Read in the samplers of 0.5.17 and 0.5.23 and measured against transformers with
   and before top-k, top-p and min-p; those of greedy requests are at temperature 1. SGLANG_RETURN_ORIGINAL_LOGPROB=1
   makes them those at temperature 1.
 - Seeds are read with deterministic inference only; a speculating server draws its own numbers.
+- Penalties are on the answer's tokens alone: frequency and presence are subtracted, repetition divides, in an order
+  that changes from start to start (a set of Python classes). They are exact with disable_overlap_schedule only: else
+  the newest token is not penalised yet, and the prompt's last one is.
+  A request that was put back into the queue (`hold`, or a full cache) loses the count of what it had, for its
+  penalties and for min_new_tokens.
 - While it speculates it ignores min_p, and its penalties and min_new_tokens count verification steps, not tokens. On a
   CPU it accepts the likeliest token whatever the temperature (`samples_greedily`).
 """
@@ -36,7 +41,9 @@ def server_traits(
     if speculates:
         capabilities.add("speculation")
     else:
-        capabilities |= {"min_p", "penalties"}
+        capabilities.add("min_p")
+        if arguments.get("disable_overlap_schedule"):
+            capabilities.add("penalties")
     if arguments.get("enable_deterministic_inference") and not speculates:
         capabilities.add("seed")
     if arguments.get("enable_priority_scheduling"):
