@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ACCOUNT_TIMEOUT_S = 5.0
 """A server that answers that it broke takes a moment to end."""
+LOOP_HELD_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +95,17 @@ class Lifeline:
 
     async def wait_dead(self, life: Life) -> str:
         """Returns once this life is over: why."""
-        watchers = [asyncio.create_task(self._unanswered(life.client))]
         if self._process is not None:
-            watchers.append(asyncio.create_task(self._process.wait_dead()))
-        try:
-            done, _ = await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
-            return done.pop().result()
-        finally:
-            for watcher in watchers:
-                watcher.cancel()
-            await asyncio.gather(*watchers, return_exceptions=True)
+            return await self._process.watch(interval_s=self._health.interval_s, max_failures=self._health.max_failures)
+        return await self._unanswered(life.client)
 
     async def account(self, otherwise: str) -> str:
         """What ended our process, with the end of its log, if it ends within moments; else `otherwise`."""
         if self._process is None:
             return otherwise
         try:
-            return await asyncio.wait_for(self._process.wait_dead(), ACCOUNT_TIMEOUT_S)
+            async with asyncio.timeout(ACCOUNT_TIMEOUT_S):
+                return await self._process.wait_dead()
         except TimeoutError:
             return otherwise
 
@@ -144,10 +139,14 @@ class Lifeline:
             logger.warning("engine %s: closing its weight channel: %s", self._name, exc)
 
     async def _unanswered(self, client: ServerClient) -> str:
-        failures = 0
+        failures, loop = 0, asyncio.get_running_loop()
         while failures < self._health.max_failures:
+            due = loop.time() + self._health.interval_s
             await asyncio.sleep(self._health.interval_s)
-            failures = 0 if await client.is_healthy() else failures + 1
+            answered = await client.is_healthy()
+            # A training step holds the event loop: a check of such a time says nothing of the server.
+            held = loop.time() - due > LOOP_HELD_S
+            failures = failures + 1 if not answered and not held else failures if held and not answered else 0
         return f"it did not answer {failures} health checks in a row, {self._health.interval_s:g} s apart"
 
     async def _wait_for_attached(self, url: str) -> str:

@@ -283,8 +283,10 @@ class Traffic:
             again = loop.time() + pause_s
             while running() and (left := again - loop.time()) > 0:
                 self._left.clear()
+                # asyncio.wait_for of Python 3.11 can lose a cancellation.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._left.wait(), left)
+                    async with asyncio.timeout(left):
+                        await self._left.wait()
             pause_s = min(pause_s * 2, 2.0)
             if loop.time() > deadline:
                 raise EngineUnavailable(
