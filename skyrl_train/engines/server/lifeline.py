@@ -143,10 +143,11 @@ class Lifeline:
         while failures < self._health.max_failures:
             due = loop.time() + self._health.interval_s
             await asyncio.sleep(self._health.interval_s)
-            answered = await client.is_healthy()
-            # A training step holds the event loop: a check of such a time says nothing of the server.
-            held = loop.time() - due > LOOP_HELD_S
-            failures = failures + 1 if not answered and not held else failures if held and not answered else 0
+            if await client.is_healthy():
+                failures = 0
+            elif loop.time() - due < LOOP_HELD_S:
+                # Later than that a training step held the event loop: the check says nothing of the server.
+                failures += 1
         return f"it did not answer {failures} health checks in a row, {self._health.interval_s:g} s apart"
 
     async def _wait_for_attached(self, url: str) -> str:
