@@ -22,12 +22,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed
 
 from skyrl_train.errors import WeightUpdateError
+from skyrl_train.weight_sync.nccl import NcclSender
 from skyrl_train.weight_sync.threads import in_thread
 
 dist: Any = torch.distributed
@@ -40,8 +41,6 @@ _POLL_S = 0.01
 _GRACE_S = 5.0
 _LAST_WORDS_S = 3.0
 """How long the other half of a failed step may take to say what it knows."""
-_NEVER = timedelta(days=7)
-"""NCCL's own timeout takes the whole process down. Ours comes first, and aborts the group alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +67,12 @@ class TrainerGroup:
         *,
         address: GroupAddress,
         store: Any,
-        backend: Any,
-        device: torch.device,
+        end: _End,
         release: Callable[[], Awaitable[None]] | None,
     ) -> None:
         self.address = address
-        self._store: Any = store
-        self._backend: Any = backend
-        self._device = device
+        self._store = store  # what listens: others may still come to it
+        self._end: _End | None = end
         self._release = release
         self._closed = threading.Event()
 
@@ -113,14 +110,14 @@ class TrainerGroup:
             forming.cancel()
             await asyncio.wait({joining, forming}, timeout=_LAST_WORDS_S)
             if forming.done() and not forming.cancelled() and forming.exception() is None:
-                _abort(forming.result(), backend)
+                forming.result().close()
             if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt, SystemExit)):
                 raise
             raise WeightUpdateError(
                 f"group {name}: {num_workers} worker(s) were to join at {host}:{address.port} by {backend} within "
                 f"{deadline_s:g} s: {_said(error)}"
             ) from error
-        return cls(address=address, store=store, backend=forming.result(), device=device, release=release)
+        return cls(address=address, store=store, end=forming.result(), release=release)
 
     @property
     def closed(self) -> bool:
@@ -129,7 +126,7 @@ class TrainerGroup:
     async def broadcast(
         self, tensor: torch.Tensor, *, request: Coroutine[Any, Any, Answer], deadline_s: float
     ) -> Answer:
-        """Sends a contiguous `tensor` on the group's device while `request` runs; what `request` returned.
+        """Sends a contiguous uint8 `tensor` on the group's device while `request` runs; what `request` returned.
 
         Raises WeightUpdateError when either half fails or `deadline_s` is over; the group is closed then, and no
         thread is left in the broadcast (gloo's may stay until the deadline, where the server can't be asked).
@@ -154,40 +151,54 @@ class TrainerGroup:
 
     def close(self) -> None:
         """Drops the group on this side. A second call does nothing. No broadcast may be running."""
-        if not self._closed.is_set():
-            self._closed.set()
-            _abort(self._backend, self.address.backend)
-        self._backend = self._store = None
+        self._closed.set()
+        end, self._end = self._end, None
+        if end is not None:
+            end.close()
 
     def _send(self, tensor: torch.Tensor, deadline_s: float) -> None:
-        backend = self._backend
-        options = dist.BroadcastOptions()
-        options.rootRank, options.rootTensor = 0, 0
-        if self.address.backend == "gloo":
-            options.timeout = timedelta(seconds=deadline_s)
-            backend.broadcast([tensor], options).wait()
-            return
-        # The CPU must not wait inside NCCL, where nothing could end it: it looks, and leaves when the group is closed.
-        with torch.cuda.device(self._device):
-            work = backend.broadcast([tensor], options)
-            while not work.is_completed():
-                if self._closed.is_set():
-                    raise WeightUpdateError("the broadcast was given up")
-                time.sleep(0.0005)
-            work.wait()
-            torch.cuda.current_stream().synchronize()
+        end = self._end
+        assert end is not None
+        end.send(tensor, timeout_s=deadline_s, given_up=self._closed.is_set)
 
     async def _give_up(self, sending: asyncio.Future[None]) -> None:
         """Ends the group and, with it, the thread that is in its broadcast."""
         self._closed.set()
-        if self.address.backend == "nccl":
-            # In a thread: an abort waits for a communicator that is being set up at that moment.
-            await _settle(in_thread(f"weight-abort-{self.address.name}", lambda: _abort(self._backend, "nccl")))
         if self._release is not None and not sending.done():
             await _settle(asyncio.ensure_future(_quietly(self._release)))
         await _settle(sending)
         # With the last reference gloo's sockets close, which ends a server that is still in its receive.
-        self._backend = self._store = None
+        self._end = None
+
+
+class _End(Protocol):
+    """Rank 0 by one library."""
+
+    def send(self, tensor: torch.Tensor, *, timeout_s: float, given_up: Callable[[], bool]) -> None:
+        """Blocks until all have it. NCCL leaves soon after `given_up()` is True, gloo when it can."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _GlooEnd:
+    """Its sockets close when it is collected."""
+
+    def __init__(self, store: Any, address: GroupAddress, *, timeout_s: float) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout_s)
+        options._threads = 2
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address.host, lazy_init=False)]
+        self._group: Any = dist.ProcessGroupGloo(store, 0, address.world_size, options)
+
+    def send(self, tensor: torch.Tensor, *, timeout_s: float, given_up: Callable[[], bool]) -> None:
+        options = dist.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        options.timeout = timedelta(seconds=timeout_s)
+        self._group.broadcast([tensor], options).wait()
+
+    def close(self) -> None:
+        self._group = None
 
 
 async def _both(first: asyncio.Future[Any], second: asyncio.Future[Any], *, deadline_s: float) -> None:
@@ -251,13 +262,13 @@ def _listen(host: str, world_size: int, *, timeout_s: float) -> Any:
 
 async def _become_rank_0(
     address: GroupAddress, store: Any, num_workers: int, device: torch.device, deadline: float
-) -> Any:
-    """The backend object, once the workers are there."""
+) -> _End:
+    """Rank 0, once the workers are there."""
     if address.backend == "gloo":
         await _workers(store, num_workers, deadline)
     remaining_s = max(deadline - time.monotonic(), 1.0)
     return await in_thread(
-        f"weight-group-{address.name}", lambda: _make_backend(address, store, device, timeout_s=remaining_s)
+        f"weight-group-{address.name}", lambda: _make_end(address, store, device, timeout_s=remaining_s)
     )
 
 
@@ -275,23 +286,10 @@ async def _workers(store: Any, num_workers: int, deadline: float) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-def _make_backend(address: GroupAddress, store: Any, device: torch.device, *, timeout_s: float) -> Any:
+def _make_end(address: GroupAddress, store: Any, device: torch.device, *, timeout_s: float) -> _End:
     # The prefixes of torch's init_process_group(group_name=...) on a prefixed store, as servers do it.
     for prefix in (address.name, f"{address.name}/", "cpu/" if address.backend == "gloo" else "cuda/"):
         store = dist.PrefixStore(prefix, store)
     if address.backend == "gloo":
-        options = dist.ProcessGroupGloo._Options()
-        options._timeout = timedelta(seconds=timeout_s)
-        options._threads = 2
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=address.host, lazy_init=False)]
-        return dist.ProcessGroupGloo(store, 0, address.world_size, options)
-    with torch.cuda.device(device):
-        nccl = dist.ProcessGroupNCCL.Options()
-        nccl._timeout = _NEVER
-        nccl.config.blocking = 0
-        return dist.ProcessGroupNCCL(store, 0, address.world_size, nccl)
-
-
-def _abort(backend: Any, kind: GroupBackend) -> None:
-    if kind == "nccl":
-        backend.abort()
+        return _GlooEnd(store, address, timeout_s=timeout_s)
+    return NcclSender(store, world_size=address.world_size, device=device)
