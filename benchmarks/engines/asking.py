@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from benchmarks.workload import Request
 from skyrl_train.engines.base import Engine, EngineStats
+from skyrl_train.engines.server.engine import ServerEngine
 from skyrl_train.types import Completion, GenerateRequest, SamplingParams, SessionRef
 
 _numbers = itertools.count()
@@ -23,7 +24,7 @@ GREEDY, SAMPLED, NOISE = 0.0, 1.0, 100.0
 class Run:
     """One round of requests. `sent` are prompt tokens that went to the engine, `cached` those that it had.
 
-    `accept_len` is None without speculation. `cpu_s` is this process's own.
+    `accept_len` is tokens a step of a request, None without speculation. `cpu_s` is this process's own.
     """
 
     completions: tuple[Completion, ...]
@@ -66,22 +67,38 @@ def request(
 async def ask(engine: Engine, requests: Sequence[Request], *, temperature: float) -> Run:
     """All at once; raises what the first failing request raised."""
     asked = [request(r.prompt_token_ids, r.max_new_tokens, temperature=temperature) for r in requests]
-    before = await engine.stats()
+    before, accepted_before = await engine.stats(), await accepted_drafts(engine)
     wall, cpu = time.perf_counter(), time.process_time()
     completions = await asyncio.gather(*(engine.generate(one) for one in asked))
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-    after = await engine.stats()
+    after, accepted_after = await engine.stats(), await accepted_drafts(engine)
     short = [c.request_id for c, r in zip(completions, requests, strict=True) if len(c.token_ids) != r.max_new_tokens]
     if short:
         raise RuntimeError(f"{len(short)} of {len(requests)} answers have another length than was asked for")
+    if accepted_before is None or accepted_after is None:
+        accept_len = accept_len_between(before, after)
+    else:
+        tokens = sum(r.max_new_tokens for r in requests)
+        accept_len = tokens / (tokens - (accepted_after - accepted_before))
     return Run(
         completions=tuple(completions),
         wall_s=wall_s,
         cpu_s=cpu_s,
         sent=after.num_prompt_tokens_total - before.num_prompt_tokens_total,
         cached=after.num_cached_tokens_total - before.num_cached_tokens_total,
-        accept_len=accept_len_between(before, after),
+        accept_len=accept_len,
     )
+
+
+async def accepted_drafts(engine: Engine) -> float | None:
+    """vLLM's count: its accept length leaves out the steps that had no draft, so it can't be taken apart by rounds."""
+    if "speculation" not in engine.info.capabilities or not isinstance(engine, ServerEngine):
+        return None
+    name, total = "vllm:spec_decode_num_accepted_tokens_total", None
+    for line in (await engine.metrics_text()).splitlines():
+        if line.startswith(name):
+            total = (total or 0.0) + float(line.rpartition(" ")[2])
+    return total
 
 
 def accept_len_between(before: EngineStats, after: EngineStats) -> float | None:

@@ -79,6 +79,7 @@ def overrides(args: argparse.Namespace) -> list[str]:
         "trainer.placement.policy_num_gpus_per_node": str(int(on_gpu)),
         "trainer.train_batch_size": str(args.prompts),
         "trainer.policy_mini_batch_size": str(args.prompts),
+        "trainer.max_tokens_per_micro_batch": "8192",
         "trainer.max_steps": str(args.steps),
         "trainer.epochs": "1",
         "trainer.eval_interval": "-1",

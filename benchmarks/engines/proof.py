@@ -96,13 +96,14 @@ async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> Ver
         await prove(f"{path}: another model's weights", lambda s=ship: other_weights(fleet, s))
         await prove(f"{path}: updates under running requests", lambda s=ship: torn(fleet, s))
         await prove(f"{path}: the first weights again", lambda s=ship: first_weights(fleet, s))
+        if variant == args.paths[-1]:
+            await prove("the server's own metrics", lambda s=ship: metrics(s))
         if variant == args.paths[0] and not args.only_updates:
             await prove("abort with a partial answer", lambda s=ship: abort(fleet, s))
             await prove("session of 3 turns, 2 branches", lambda s=ship: sessions(fleet, s))
             await prove("sleep and wake", lambda s=ship: sleep(fleet, s))
     if not args.only_updates:
         await prove("n-gram drafts: greedy answers of a looping model", lambda: drafts(fleet, backend, ships))
-        await prove("the server's own metrics", lambda: metrics(fleet, backend))
     report.facts(facts(fleet, ships, "32 requests of 64 and 64 tokens where nothing else is said"))
     report.table(["what", "seen", "right"], verdicts.rows)
     report.text(f"Log-probabilities are right within {TOLERANCE[fleet.setup.dtype]} of transformers' at every token.")
@@ -289,11 +290,10 @@ async def drafts(fleet: Fleet, backend: str, ships: Sequence[Ship]) -> tuple[str
     return f"{seen}accept length {accepted}", same == len(requests) and worst <= TOLERANCE[fleet.setup.dtype]
 
 
-async def metrics(fleet: Fleet, backend: str) -> tuple[str, bool]:
-    """Of the engine with drafts, whose metrics are on."""
-    text = await (await fleet.get(backend, "ngram")).engine.metrics_text()  # type: ignore[attr-defined]
+async def metrics(ship: Ship) -> tuple[str, bool | None]:
+    text = await ship.engine.metrics_text()  # type: ignore[attr-defined]
     series = {line.split("{")[0].split(" ")[0] for line in text.splitlines() if line and not line.startswith("#")}
-    return f"{len(series)} series", bool(series)
+    return f"{len(series)} series", True if series else None
 
 
 if __name__ == "__main__":
