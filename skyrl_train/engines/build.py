@@ -6,8 +6,8 @@ One engine is a ServerEngine; several are one RoutedEngine over them. Nothing is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,12 @@ from skyrl_train.config.model_shape import ModelShape, read_model_shape
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.router import RoutedEngine
-from skyrl_train.engines.server.client import ServerClient, ServerTraits
+from skyrl_train.engines.server.client import Attempt, ServerClient, ServerTraits
 from skyrl_train.engines.server.engine import ServerEngine, Verify
 from skyrl_train.engines.server.lifeline import HealthPolicy, Lifeline
 from skyrl_train.engines.server.process import ServerProcess
-from skyrl_train.errors import ConfigError
+from skyrl_train.errors import ConfigError, RequestRejected
+from skyrl_train.types import SamplingParams
 from skyrl_train.weight_sync.channel import WeightChannel
 from skyrl_train.weight_sync.verify import Score, probe_tokens, verify_weights
 
@@ -54,12 +55,14 @@ async def build_server_engine(
     policy_version: int = 0,
     reference: Score | None = None,
     tokenizer: Any = None,
+    samplings: Mapping[str, SamplingParams] | None = None,
     by_user: Callable[[str], bool] = lambda key: True,
 ) -> Engine:
     """The engines of generator.backend sglang or vllm, not started yet.
 
     `device` is where the trainer's tensors are. `reference` is the trainer's own scoring, by which each weight update
-    is proved. Asks the servers' interpreter, or the running servers, what they are. Raises ConfigError.
+    is proved. `samplings` are what will be asked for, by key: what a server can't do of it is refused here. Asks the
+    servers' interpreter, or the running servers, what they are. Raises ConfigError.
     """
     generator = config.generator
     shape = read_model_shape(str(places.model))
@@ -75,8 +78,21 @@ async def build_server_engine(
             for index, url in enumerate(urls)
         )
     )
+    for key, sampling in (samplings or {}).items():
+        await _check_sampling(key, sampling, servers[0])
     engines = [_engine(config, server, shape, policy_version, reference) for server in servers]
     return engines[0] if len(engines) == 1 else RoutedEngine(engines)
+
+
+async def _check_sampling(key: str, sampling: SamplingParams, server: ServerParts) -> None:
+    client = server.connect(server.url or "http://127.0.0.1:1")  # it is asked nothing
+    short = replace(sampling, max_new_tokens=1, min_new_tokens=min(sampling.min_new_tokens, 1))
+    try:
+        client.check(Attempt(wire_id=key, token_ids=(0,), sampling=short))
+    except RequestRejected as exc:
+        raise ConfigError(f"{key}: {exc}") from exc
+    finally:
+        await client.close()
 
 
 def _engine(

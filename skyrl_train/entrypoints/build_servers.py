@@ -14,6 +14,7 @@ from skyrl_train.config.placement import take_turns
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.build import Places, build_server_engine
+from skyrl_train.entrypoints.build_rollouts import sampling_params
 from skyrl_train.errors import ConfigError
 from skyrl_train.training.learner import Learner
 from skyrl_train.weight_sync.sync import Turns
@@ -42,6 +43,10 @@ def build_servers(
             policy_version=trainer.version,
             reference=score,
             tokenizer=tokenizer,
+            samplings={
+                "generator.sampling_params": sampling_params(config.generator.sampling_params),
+                "generator.eval_sampling_params": sampling_params(config.generator.eval_sampling_params),
+            },
             by_user=by_user,
         )
     )

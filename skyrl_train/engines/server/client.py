@@ -121,6 +121,10 @@ class ServerClient(Protocol):
         """Once, when the server is up: it is what the traits say. Raises ConfigError naming what differs."""
         ...
 
+    def check(self, attempt: Attempt) -> None:
+        """Raises RequestRejected for what `generate` refuses without asking the server; needs no running server."""
+        ...
+
     async def generate(self, attempt: Attempt) -> AttemptResult:
         """Waits as long as the server lives. Cancelling it ends the request in the server too."""
         ...

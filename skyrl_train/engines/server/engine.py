@@ -164,6 +164,8 @@ class ServerEngine:
         self._set_gate()
         if mode == "keep" and self._traits.reports_versions:
             self._held = True
+            # A server that puts a request back into its queue forgets what it had counted of it.
+            await self._traffic.end_attempts(for_good=False, counted_only=True)
             await self._on_server(lambda client: client.hold())
             return
         if mode == "wait":

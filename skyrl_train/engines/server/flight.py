@@ -44,6 +44,16 @@ class Flight:
             self.num_cached_tokens = partial.num_cached_tokens
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the server counts something over the answer: what it penalises, or how short it may be."""
+        return self.request.sampling.min_new_tokens > 0 or self._has_penalties
+
+    @property
+    def _has_penalties(self) -> bool:
+        sampling = self.request.sampling
+        return any((sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1))
+
+    @property
     def whole_prompt(self) -> Ids:
         return self.before + self.request.prompt_token_ids
 
@@ -115,8 +125,7 @@ class Flight:
         each has a byte at least, so none that is kept can be the start of a stop that ends behind them.
         """
         sampling = self.request.sampling
-        penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty - 1)
-        if sampling.grammar is not None or any(penalties):
+        if sampling.grammar is not None or self._has_penalties:
             self._keep(0)
         elif sampling.stop:
             self._keep(max(len(self.token_ids) - max(len(stop.encode()) for stop in sampling.stop) + 1, 0))

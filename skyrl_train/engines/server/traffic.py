@@ -138,12 +138,13 @@ class Traffic:
                 flight.waiting.cancel()
         await self._end(flights)
 
-    async def end_attempts(self, *, for_good: bool) -> None:
+    async def end_attempts(self, *, for_good: bool, counted_only: bool = False) -> None:
         """All attempts in the server return with what they have: to their callers, or to wait at the gate.
 
-        A request that has no token yet has not begun, and waits in either case.
+        A request that has no token yet has not begun, and waits in either case. `counted_only`: those alone for which
+        the server keeps a count over the answer.
         """
-        flights = self._in_server()
+        flights = [flight for flight in self._in_server() if flight.is_counted or not counted_only]
         for flight in flights:
             flight.ended_by_pause = for_good
         await self._end(flights)

@@ -98,6 +98,11 @@ class SGLangClient:
         found = json.loads(await self._wire.get("/server_info", what=f"{self._name}: server_info"))
         check_identity(found, self._expected, release=self._traits.release, name=self._name, url=self._wire.url)
 
+    def check(self, attempt: Attempt) -> None:
+        what = f"{self._name}: request {attempt.wire_id}"
+        self._token_ids(attempt, what)
+        sampling_fields(attempt.sampling, self._traits.capabilities, what=what)
+
     async def generate(self, attempt: Attempt) -> AttemptResult:
         what = f"{self._name}: request {attempt.wire_id}"
         sampling = attempt.sampling

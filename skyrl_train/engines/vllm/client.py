@@ -92,17 +92,22 @@ class VLLMClient:
             )
         await self._check_development_mode()
 
+    def check(self, attempt: Attempt) -> None:
+        self._body(attempt)
+
     async def generate(self, attempt: Attempt) -> AttemptResult:
         assert attempt.session is None, f"request {attempt.wire_id} names a session, vLLM keeps none"
-        body = completion_body(
+        answer = await self.http.post("/v1/completions", self._body(attempt), timeout_s=None)
+        return attempt_result(answer, wire_id=attempt.wire_id, decode=self._decode)
+
+    def _body(self, attempt: Attempt) -> dict[str, Any]:
+        return completion_body(
             attempt,
             model=self.model,
             vocab_size=self._vocab_size,
             max_model_len=self._max_model_len,
             by_priority="priority" in self._traits.capabilities,
         )
-        answer = await self.http.post("/v1/completions", body, timeout_s=None)
-        return attempt_result(answer, wire_id=attempt.wire_id, decode=self._decode)
 
     async def abort(self, wire_ids: Sequence[str]) -> None:
         # An empty list would end every request.
