@@ -78,6 +78,7 @@ class SGLangClient:
         self._context_length = context_length
         self._has_metrics = has_metrics
         self._greedy_only = greedy_only
+        self._low_first = bool(self._expected.get("schedule_low_priority_values_first"))
         self._health_path = health_path
         self._in_flight: dict[str, asyncio.Future[Mapping[str, Any]]] = {}
         self._chores: set[asyncio.Task[None]] = set()
@@ -113,7 +114,7 @@ class SGLangClient:
             token_ids=self._token_ids(attempt, what),
             sampling=sampling_fields(sampling, self._traits.capabilities, what=what),
             adapter=self._adapter(attempt, what),
-            priority=attempt.priority if "priority" in self._traits.capabilities else None,
+            priority=self._priority(attempt),
             session=self._session(attempt, what),
             answer=answer,
         )
@@ -257,6 +258,12 @@ class SGLangClient:
             bound = "the vocabulary" if self._vocab_size is None else str(self._vocab_size)
             wrong = next(token for token in ids if token < 0 or token >= (self._vocab_size or token + 1))
             raise RequestRejected(f"{what}: token id {wrong} is not in [0, {bound}); it would end the server")
+
+    def _priority(self, attempt: Attempt) -> int | None:
+        """Ours is higher first; a server may have been told otherwise."""
+        if "priority" not in self._traits.capabilities:
+            return None
+        return -attempt.priority if self._low_first else attempt.priority
 
     def _adapter(self, attempt: Attempt, what: str) -> str | None:
         if attempt.adapter is not None and "lora" not in self._traits.capabilities:

@@ -31,6 +31,7 @@ ATTACHED_FIELDS = (
     "enable_lora",
     "max_lora_rank",
     "enable_priority_scheduling",
+    "schedule_low_priority_values_first",
     "enable_deterministic_inference",
     "speculative_algorithm",
 )
