@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=8, help="of a prompt")
     parser.add_argument("--new", type=int, default=128, help="tokens of an answer at most")
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--refused", default="", help="words of the message that it must be refused with here")
     parser.add_argument("--name", default=None, help="of the table; default: the file's")
     args = parser.parse_args(argv)
     name = args.name or args.config.name.replace("_", "-")
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         outcome = run_job(overrides(args), run_dir, timeout_s=args.budget_s, on_line=report.log)
     except JobFailed as exc:
         report.log(str(exc))
-        error = first_line(exc)
+        error = str(exc) if args.refused else first_line(exc)
+    if args.refused:
+        as_it_must = "exit code 2" in error and args.refused in error
+        error = "" if as_it_must else f"not refused with {args.refused!r}: {error or 'exit code 0'}"
+    else:
+        error = error or far_apart(outcome, args)
     write(report, args, outcome, error)
     for log in run_dir.rglob("engines/*.log"):
         (args.out / "servers").mkdir(parents=True, exist_ok=True)
@@ -61,9 +67,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(error)
 
 
+def far_apart(outcome: Outcome | None, args: argparse.Namespace) -> str:
+    """What is wrong between engine and trainer in the last step, under weights that updates brought; empty: nothing."""
+    assert outcome is not None
+    found = outcome.last("policy/rollout_logprob_abs_diff_mean")
+    limit = 1e-3 if dtype_of(args) == "float32" else 0.05
+    return "" if found <= limit else f"engine and trainer differ by {found:.3g} in log-probability, more than {limit}"
+
+
+def dtype_of(args: argparse.Namespace) -> str:
+    return str(args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+
+
 def overrides(args: argparse.Namespace) -> list[str]:
     work, on_gpu = args.work.resolve(), args.device == "cuda"
-    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    dtype = dtype_of(args)
     shape = SHAPES[args.shape]
     folder = model_folder(
         shape, work / "models" / "tied", device=args.device, dtype=getattr(torch, dtype), seed=args.seed
@@ -126,7 +144,13 @@ def problem(rng: random.Random, split: str, index: int) -> dict[str, object]:
 
 def write(report: Report, args: argparse.Namespace, outcome: Outcome | None, error: str) -> None:
     work = f"{args.steps} steps of {args.prompts} prompts x {args.samples} samples, up to {args.new} new tokens"
-    report.facts({**machine.describe(args.device), "workload": work, "end": error or "exit code 0"})
+    report.facts(
+        {
+            **machine.describe(args.device),
+            "workload": work,
+            "end": error or (f"refused: … {args.refused} …" if args.refused else "exit code 0"),
+        }
+    )
     if outcome is not None:
         report.text(f"{outcome.wall_s:.1f} s in all, start and end included.")
         steps = [row for row in outcome.rows if row["step"] >= 1]
