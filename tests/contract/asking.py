@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skyrl_train.engines.base import LogprobSpace
+from skyrl_train.engines.base import Engine, LogprobSpace
 from skyrl_train.types import Completion, GenerateRequest, SamplingParams, SessionRef
 from tests.tiny import EOS_ID
 
 Ids = tuple[int, ...]
 LIMIT = 1e-3
 """Largest difference of a log-probability between an engine and transformers, float32."""
+MAX_LOOKS = 1500
+"""Of 0.02 s at least: half a minute on an idle machine."""
 
 _numbers = itertools.count()
 
@@ -107,14 +109,35 @@ def answer_that_ends(model: PreTrainedModel, *, max_new: int = 48) -> tuple[Ids,
 
 
 async def until(condition: Callable[[], Any]) -> None:
-    """Waits for what the engine will do soon; `condition` may be async. The test's own timeout is the deadline."""
-    while True:
+    """Waits for what the engine will do soon. `condition` may be async; it returns what is true in the end."""
+    for _ in range(MAX_LOOKS):
         value = condition()
         if asyncio.iscoroutine(value):
             value = await value
         if value:
             return
         await asyncio.sleep(0.02)
+    raise AssertionError(f"{condition.__qualname__} did not come true in {MAX_LOOKS} looks")
+
+
+async def running(engine: Engine, number: int = 1) -> None:
+    """Until so many requests run and have made some tokens."""
+
+    async def are_running() -> bool:
+        return (await engine.stats()).num_running >= number
+
+    await until(are_running)
+    await asyncio.sleep(0.15)
+
+
+async def idle(engine: Engine) -> None:
+    """Until nothing runs and nothing waits."""
+
+    async def is_idle() -> bool:
+        stats = await engine.stats()
+        return stats.num_running == stats.num_waiting == 0
+
+    await until(is_idle)
 
 
 def chi_square(counts: dict[Any, int], odds: dict[Any, float]) -> tuple[float, float]:

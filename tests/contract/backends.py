@@ -11,6 +11,8 @@ doomed        plain, for tests that kill the server
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,7 +22,10 @@ from typing import Any
 import skyrl_train
 from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.config.load import load_config
+from skyrl_train.engines.base import Engine
+from skyrl_train.engines.build import Places, build_server_engine
 from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
+from skyrl_train.engines.server.guard import command_line, descendants
 from skyrl_train.errors import ConfigError
 from tests.contract import models
 from tests.contract.under_test import Refused, UnderTest
@@ -117,7 +122,11 @@ async def start(backend: str, setting: str, folder: Path) -> AsyncIterator[Under
 
 async def refuse_before_start(backend: str, folder: Path, keys: Mapping[str, Any]) -> None:
     """Everything up to the start of a server, with these keys over the plain ones; raises what refuses them."""
-    load_config([*_arguments(backend, "plain", folder), *_as_overrides(keys)])
+    arguments = [*_arguments(backend, "plain", folder), *_as_overrides(keys)]
+    if backend == "embedded":
+        load_config(arguments)
+    else:
+        await _build(arguments, folder)
     raise AssertionError(f"{backend} refuses nothing of {keys}")
 
 
@@ -160,11 +169,10 @@ def _as_overrides(keys: Mapping[str, Any]) -> list[str]:
 
 
 def _release(backend: str) -> str:
-    from skyrl_train.config.machine import engine_release
-
-    release = engine_release(backend, str(engine_python(backend)))
-    assert release is not None, f"{engine_python(backend)} has no {backend}"
-    return release
+    """Of the server in its own interpreter; its distribution for the CPU may have another name."""
+    python = engine_python(backend)
+    code = f"from importlib.metadata import version; print(version({backend!r}))"
+    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
 
 
 @asynccontextmanager
@@ -189,5 +197,32 @@ async def _embedded(backend: str, setting: str, arguments: list[str], folder: Pa
 
 @asynccontextmanager
 async def _server(backend: str, setting: str, arguments: list[str], folder: Path) -> AsyncIterator[UnderTest]:
-    raise NotImplementedError(backend)
-    yield
+    engine = await _build(arguments, folder)
+    try:
+        await engine.start()
+        yield UnderTest(
+            backend=backend,
+            release=_release(backend),
+            setting=setting,
+            engine=engine,
+            reference=models.policy(),
+            tokenizer=make_tokenizer(),
+            folder=folder,
+            server_pid=_pid_of_server,
+        )
+    finally:
+        await engine.close()
+
+
+async def _build(arguments: list[str], folder: Path) -> Engine:
+    """Asks the server's interpreter what it has, and starts nothing."""
+    config = load_config(arguments).config
+    places = Places(model=folder / "model", logs=folder / "logs", weights=folder / "weights")
+    return await build_server_engine(config, places, tokenizer=make_tokenizer())
+
+
+def _pid_of_server() -> int:
+    """The first child of the one guard that this process has started."""
+    tree = descendants(os.getpid())
+    (guard,) = (process.pid for process in tree if "guard.py" in command_line(process.pid))
+    return min((process for process in tree if process.parent == guard), key=lambda process: process.start).pid

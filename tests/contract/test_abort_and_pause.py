@@ -8,22 +8,12 @@ import pytest
 
 from skyrl_train.engines.base import PauseMode
 from skyrl_train.types import Completion
-from tests.contract.asking import ask, assert_greedy, prompts, reference_greedy, until
+from tests.contract.asking import ask, assert_greedy, idle, prompts, reference_greedy, running
 from tests.contract.under_test import Case
 
 LONG = 1500
 ABORT = pytest.mark.capability("Abort: partial answers, and going on from them")
 PAUSE = pytest.mark.capability("Pause and resume: keep, wait, abort")
-
-
-async def _is_running(case: Case) -> None:
-    """A request is in the engine and has made some tokens."""
-
-    async def running() -> bool:
-        return (await case.engine.stats()).num_running > 0
-
-    await until(running)
-    await asyncio.sleep(0.15)
 
 
 @ABORT
@@ -32,10 +22,10 @@ async def test_an_aborted_answer_is_the_start_of_the_greedy_one_and_goes_on_from
     request = ask(prompt, LONG)
     if not await case.can("abort"):
         return
-    running = asyncio.create_task(case.engine.generate(request))
-    await _is_running(case)
+    task = asyncio.create_task(case.engine.generate(request))
+    await running(case.engine)
     await case.engine.abort([request.request_id])
-    partial = await running
+    partial = await task
     assert partial.finish_reason == "abort"
     assert 0 < len(partial.token_ids) < LONG
     assert_greedy(case.reference, prompt, partial)
@@ -72,17 +62,12 @@ async def test_aborting_what_is_not_there_does_nothing(case: Case) -> None:
 
 @pytest.mark.capability("Cancelling the caller frees the engine")
 async def test_cancelling_the_caller_frees_the_engine(case: Case) -> None:
-    running = [asyncio.create_task(case.engine.generate(ask(prompt, LONG))) for prompt in prompts(9, 30, 12)]
-    await _is_running(case)
-    for task in running:
+    tasks = [asyncio.create_task(case.engine.generate(ask(prompt, LONG))) for prompt in prompts(9, 30, 12)]
+    await running(case.engine)
+    for task in tasks:
         task.cancel()
-    await asyncio.gather(*running, return_exceptions=True)
-
-    async def idle() -> bool:
-        stats = await case.engine.stats()
-        return stats.num_running == stats.num_waiting == 0
-
-    await until(idle)
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await idle(case.engine)
 
 
 @PAUSE
@@ -100,23 +85,23 @@ async def test_a_paused_engine_starts_nothing_and_resume_serves_it(case: Case, m
 @PAUSE
 async def test_what_runs_is_kept_over_a_pause(case: Case) -> None:
     wanted = prompts(9, 30, 12, seed=23)
-    running = [asyncio.create_task(case.engine.generate(ask(prompt, 400))) for prompt in wanted]
-    await _is_running(case)
+    tasks = [asyncio.create_task(case.engine.generate(ask(prompt, 400))) for prompt in wanted]
+    await running(case.engine)
     await case.engine.pause("keep")
     # The third runs on a pause of a pause: a second one changes nothing.
     await case.engine.pause("keep")
     await case.engine.resume()
-    for prompt, answer in zip(wanted, await asyncio.gather(*running), strict=True):
+    for prompt, answer in zip(wanted, await asyncio.gather(*tasks), strict=True):
         assert (len(answer.token_ids), answer.finish_reason) == (400, "length")
         assert_greedy(case.reference, prompt, answer)
 
 
 @PAUSE
 async def test_a_waiting_pause_lets_what_runs_finish(case: Case) -> None:
-    running = [asyncio.create_task(case.engine.generate(ask(prompt, 200))) for prompt in prompts(9, 30, 12)]
-    await _is_running(case)
+    tasks = [asyncio.create_task(case.engine.generate(ask(prompt, 200))) for prompt in prompts(9, 30, 12)]
+    await running(case.engine)
     await case.engine.pause("wait")
-    answers = await asyncio.wait_for(asyncio.gather(*running), timeout=20)
+    answers = await asyncio.wait_for(asyncio.gather(*tasks), timeout=20)
     await case.engine.resume()
     assert [(len(answer.token_ids), answer.finish_reason) for answer in answers] == [(200, "length")] * 3
 
@@ -124,10 +109,10 @@ async def test_a_waiting_pause_lets_what_runs_finish(case: Case) -> None:
 @PAUSE
 async def test_an_aborting_pause_returns_what_there_is(case: Case) -> None:
     (prompt,) = prompts(16, seed=24)
-    running = asyncio.create_task(case.engine.generate(ask(prompt, LONG)))
-    await _is_running(case)
+    task = asyncio.create_task(case.engine.generate(ask(prompt, LONG)))
+    await running(case.engine)
     await case.engine.pause("abort")
-    answer = await running
+    answer = await task
     await case.engine.resume()
     assert answer.finish_reason == "abort"
     assert len(answer.token_ids) < LONG

@@ -12,7 +12,7 @@ import pytest
 from skyrl_train.errors import ConfigError
 from skyrl_train.types import SessionRef
 from tests.contract import models
-from tests.contract.asking import Ids, ask, assert_greedy, prompts, until
+from tests.contract.asking import Ids, ask, assert_greedy, prompts, running
 from tests.contract.backends import refuse_before_start
 from tests.contract.under_test import Case
 
@@ -31,16 +31,12 @@ async def test_a_server_killed_in_the_middle_loses_nothing(case: Case) -> None:
         before = await case.engine.stats()
         wanted = prompts(*range(8, 24), seed=95)
         requests = [ask(prompt, 300) for prompt in wanted]
-        running = [asyncio.create_task(case.engine.generate(request)) for request in requests]
-
-        async def has_begun() -> bool:
-            return (await case.engine.stats()).num_running > 0
-
-        await until(has_begun)
+        tasks = [asyncio.create_task(case.engine.generate(request)) for request in requests]
+        await running(case.engine)
         assert under_test.server_pid is not None
         pid = under_test.server_pid()
         os.kill(pid, signal.SIGKILL)
-        answers = await asyncio.gather(*running)
+        answers = await asyncio.gather(*tasks)
         after = await case.engine.stats()
         for request, prompt, answer in zip(requests, wanted, answers, strict=True):
             assert answer.request_id == request.request_id

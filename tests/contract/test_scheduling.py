@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.contract.asking import ask, assert_greedy, prompts, until
+from tests.contract.asking import ask, assert_greedy, prompts, running
 from tests.contract.under_test import Case
 
 ONE_SEAT = pytest.mark.setting("one_seat")
@@ -24,18 +24,14 @@ async def test_the_higher_priority_is_served_first(case: Case) -> None:
         await case.engine.generate(ask(prompt, 8, priority=priority))
         served.append(priority)
 
-    running = asyncio.create_task(case.engine.generate(ask(first, 500)))
-
-    async def has_begun() -> bool:
-        return (await case.engine.stats()).num_running == 1
-
-    await until(has_begun)
+    task = asyncio.create_task(case.engine.generate(ask(first, 500)))
+    await running(case.engine)
     tasks = []
     for prompt, priority in zip(others, (0, 2, 1, 3), strict=True):
         tasks.append(asyncio.create_task(one(prompt, priority)))
         await asyncio.sleep(0.02)
     await asyncio.gather(*tasks)
-    await running
+    await task
     assert served == [3, 2, 1, 0]
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import SessionRef
-from tests.contract.asking import Ids, ask, assert_greedy, prompts, reference_greedy, until
+from tests.contract.asking import Ids, ask, assert_greedy, idle, prompts, reference_greedy, running
 from tests.contract.under_test import Case
 
 pytestmark = pytest.mark.capability("Sessions: turns, branches, capacity, closing")
@@ -89,15 +89,10 @@ async def test_an_aborted_turn_can_be_made_again(case: Case) -> None:
         whole = root + (await case.engine.generate(first)).token_ids
         at = SessionRef(session_id=session_id, parent_request_id=first.request_id)
         cut = ask(new, 1500, session=at)
-        running = asyncio.create_task(case.engine.generate(cut))
-
-        async def has_begun() -> bool:
-            return (await case.engine.stats()).num_running > 0
-
-        await until(has_begun)
-        await asyncio.sleep(0.15)
+        task = asyncio.create_task(case.engine.generate(cut))
+        await running(case.engine)
         await case.engine.abort([cut.request_id])
-        assert (await running).finish_reason == "abort"
+        assert (await task).finish_reason == "abort"
         again = await case.engine.generate(ask(new, 9, session=at))
         assert again.token_ids == reference_greedy(case.reference, whole + new, 9)
 
@@ -116,20 +111,12 @@ async def test_a_session_is_closed_after_an_error_and_after_a_cancellation(case:
             await case.engine.generate(ask([65, 66], 1500, session=SessionRef(session_id=session_id)))
 
     task = asyncio.create_task(long_turn())
-
-    async def has_begun() -> bool:
-        return (await case.engine.stats()).num_running > 0
-
-    await until(has_begun)
+    await running(case.engine)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (await case.engine.stats()).num_sessions == 0
-
-    async def idle() -> bool:
-        return (await case.engine.stats()).num_running == 0
-
-    await until(idle)
+    await idle(case.engine)
 
 
 async def test_a_closed_session_a_stranger_and_an_unknown_parent_are_refused(case: Case) -> None:
