@@ -89,14 +89,12 @@ def _lora(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cpu(config: Config, known: Mapping[str, Any], model: str) -> dict[str, Any]:
     running = known.get("max-num-seqs") or CPU_MAX_RUNNING
-    derived: dict[str, Any] = {
+    return {
         "max-num-seqs": running,
         "kv-cache-memory-bytes": _cache_bytes(config, running, model),
-    }
-    if config.generator.cuda_graph.enabled is None:
         # Compiling takes tens of seconds at each start, and pays for no small model.
-        derived["enforce-eager"] = True
-    return derived
+        "enforce-eager": True,
+    }
 
 
 def _cache_bytes(config: Config, running: int, model: str) -> int:

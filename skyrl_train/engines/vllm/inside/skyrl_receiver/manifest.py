@@ -111,7 +111,7 @@ def file_shapes(path: str) -> dict[str, Shape]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UpdateRefused(f"{path} can't be read as a safetensors file: {error}") from error
     if 8 + length + end != size:
         raise UpdateRefused(f"{path} has {size} bytes, its header needs {8 + length + end}: it was not written whole")
