@@ -25,6 +25,9 @@ from skyrl_train.config.sources import Setting, Source
 from skyrl_train.errors import ConfigError
 
 
+_HOME = re.compile(r"^([^=]+=)(~[^\s\"'\\,=\[\]{}()]*)$")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfigFile:
     """The file named on the command line; `shown` is how messages call it."""
@@ -49,8 +52,9 @@ def find_config_file(config_path: str | None, config_name: str) -> ConfigFile:
 
 def compose_settings(file: ConfigFile | None, overrides: Sequence[str]) -> list[Setting]:
     """What the user wrote, in the file and on the command line, one entry a value; later overrides win."""
-    parsed = _parse_overrides(overrides)
-    tree = _compose(file, [_forced(override, text) for override, text in zip(parsed, overrides, strict=True)])
+    words = [_quoted_home(text) for text in overrides]
+    parsed = _parse_overrides(words)
+    tree = _compose(file, [_forced(override, text) for override, text in zip(parsed, words, strict=True)])
     inherited = _inherited_paths(file, tree) if file else frozenset()
     settings = []
     for path, value in flatten(tree):
@@ -102,6 +106,11 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
             raise ConfigError(f"override {text!r} names several values; one run takes one (write [a,b] for a list)")
         parsed.append(override)
     return parsed
+
+
+def _quoted_home(text: str) -> str:
+    """`key=~/folder` with its value in quotes: no shell expands a ~ after a dotted name, and Hydra's grammar has none."""
+    return _HOME.sub(r'\1"\2"', text)
 
 
 def _forced(override: Override, text: str) -> str:

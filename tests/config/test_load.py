@@ -95,6 +95,12 @@ def test_lists_mappings_and_quotes_follow_hydras_grammar() -> None:
     assert config.trainer.policy.optimizer_config.adam_betas == (0.9, 0.95)
 
 
+def test_a_folder_under_home_needs_no_quotes() -> None:
+    loaded = load_config(["generator.backend=sglang", "generator.engine_python=~/sglang-env/bin/python"])
+    assert loaded.config.generator.engine_python == "~/sglang-env/bin/python"
+    assert "generator.engine_python=~/sglang-env/bin/python" in str(loaded.sources["generator.engine_python"])
+
+
 def test_a_file_may_have_a_defaults_list_and_sources_tell_them_apart(folder: Path) -> None:
     (folder / "common.yaml").write_text("trainer: {seed: 3, run_name: common}\n")
     (folder / "mine.yaml").write_text("defaults: [common, _self_]\ntrainer: {run_name: mine}\n")
