@@ -24,7 +24,6 @@ from skyrl_train.config.keys import Tree, schema_keys
 from skyrl_train.config.sources import Setting, Source
 from skyrl_train.errors import ConfigError
 
-
 _HOME = re.compile(r"^([^=]+=)(~[^\s\"'\\,=\[\]{}()]*)$")
 
 
@@ -109,7 +108,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
 
 
 def _quoted_home(text: str) -> str:
-    """`key=~/folder` with its value in quotes: no shell expands a ~ after a dotted name, and Hydra's grammar has none."""
+    """`key=~/folder` with its value in quotes: no shell expands that ~, and Hydra's grammar has none."""
     return _HOME.sub(r'\1"\2"', text)
 
 
