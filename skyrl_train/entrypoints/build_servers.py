@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from skyrl_train.config.model_shape import find_model_folder
 from skyrl_train.config.placement import take_turns
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.base import Engine
@@ -21,9 +22,12 @@ from skyrl_train.weight_sync.sync import Turns
 
 
 def server_places(config: Config, model_folder: Path) -> Places:
-    """Logs and weights lie in the run's folder."""
+    """Logs and weights lie in the run's folder. A model that is in the Hugging Face cache is known by its folder there:
+    updates are checked against its files.
+    """
     run = Path(config.trainer.run_path or ".")
-    return Places(model=model_folder, logs=run / "engines", weights=run / "engines")
+    folder = find_model_folder(str(model_folder)) or model_folder
+    return Places(model=folder, logs=run / "engines", weights=run / "engines")
 
 
 def build_servers(
