@@ -229,6 +229,22 @@ class Fleet:
             for variant in variants:
                 self._begin(backend, variant)
 
+    async def muster(self, backend: str, *variants: str) -> None:
+        """Starts these and waits until none of them is starting: a start takes processors and GPU from what is timed.
+
+        The first one alone: it compiles what the others find compiled. A failure is raised by `get`.
+        """
+        if self.one_at_a_time:
+            return
+        for some in (variants[:1], variants[1:]):
+            starting = []
+            for variant in some:
+                starting.append(self._begin(backend, variant))
+                if backend == "vllm":
+                    await asyncio.wait(starting, timeout=max(self.left_s, 0.0))
+            if starting:
+                await asyncio.wait(starting, timeout=max(self.left_s, 0.0))
+
     async def get(self, backend: str, variant: str = "plain") -> Ship:
         """Started; after a failed start the same failure each time."""
         if self.one_at_a_time:

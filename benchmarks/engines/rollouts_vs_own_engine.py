@@ -73,7 +73,6 @@ async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> Non
     requests = draw_requests(
         args.requests, prompt=args.prompt, new=args.new, vocab_size=fleet.setup.shape.vocab_size, seed=args.seed
     )
-    fleet.prepare("sglang", "plain")
     ours, gather, batch = Side(name=OURS), Side(name=GATHER), Side(name=BATCH)
     ship = await cell(fleet, "start, sglang", lambda: fleet.get("sglang"), limit_s=600)
     ships = [] if isinstance(ship, Failed) else [ship]

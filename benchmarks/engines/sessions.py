@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> None:
-    fleet.prepare(args.engine, *dict.fromkeys(variant for _, variant in WAYS))
+    await fleet.muster(args.engine, *dict.fromkeys(variant for _, variant in WAYS))
     played: dict[str, list[Played] | Failed] = {}
     ships: dict[str, Ship] = {}
     for way, variant in WAYS:

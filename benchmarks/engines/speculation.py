@@ -32,6 +32,7 @@ from benchmarks.workload import FIRST_WORD_ID, Request, draw_tokens
 
 NAME, TITLE = "speculation-{engine}", "N-gram speculation over batch sizes, {engine}"
 SIZE_S = 60.0
+VARIANTS = ("plain", "ngram")
 KINDS = {"foreseen": GREEDY, "noise": NOISE}
 
 
@@ -50,11 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> None:
-    variants = ("plain", "ngram")
-    fleet.prepare(args.engine, *variants)
+    await fleet.muster(args.engine, *VARIANTS)
     runs: dict[tuple[str, str, int], Run | Failed] = {}
     ships = []
-    for variant in variants:
+    for variant in VARIANTS:
         ship = await cell(fleet, f"start, {variant}", lambda v=variant: fleet.get(args.engine, v), limit_s=600)
         if isinstance(ship, Failed):
             for kind in KINDS:

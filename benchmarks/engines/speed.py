@@ -22,6 +22,14 @@ BENCHMARKS = {
     "colocated": colocated,
 }
 OF_SGLANG = ("rollouts",)
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "rollouts": ("plain",),
+    "side_by_side": ("plain",),
+    "sessions": tuple(variant for _, variant in sessions.WAYS),
+    "colocated": ("plain",),
+    "speculation": speculation.VARIANTS,
+}
+"""Of the server, by benchmark; plain comes first."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -37,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 async def run_all(args: argparse.Namespace) -> None:
     chosen = [name for name in args.benchmarks if name not in OF_SGLANG or args.engine == "sglang"]
     async with open_fleet(args, new_report("speed-{engine}", "Benchmarks of {engine}", args)) as fleet:
+        await fleet.muster(args.engine, *dict.fromkeys(variant for name in chosen for variant in VARIANTS[name]))
         for name in chosen:
             module = BENCHMARKS[name]
             own = options(name, module, args)
