@@ -110,6 +110,10 @@ def sync(engine: str, more: str = "") -> str:
     return f"benchmarks.weight_sync {COMMON} --engine {engine} {more}"
 
 
+ONE_GPU = "--paths cuda_ipc,disk,gloo"
+LARGE = f"{ONE_GPU} --shape 7b --repetitions 2"
+"""15 GB an update."""
+TINY_SYNC = ("--paths", "disk,tensor,gloo")
 SPEED = "rollouts,side_by_side,sessions,colocated,speculation"
 PARTS: dict[str, tuple[Part, ...]] = {
     "sglang": (
@@ -132,8 +136,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
             # On a CPU SGLang's drafts go with greedy sampling alone.
             small=(*TINY_JOB, "--refused", "takes the likeliest token when it speculates"),
         ),
-        Part(name="sync", command=sync("sglang"), max_s=200, reserve_s=0),
-        Part(name="sync-7b", command=sync("sglang", "--shape 7b"), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
+        Part(name="sync", command=sync("sglang", ONE_GPU), max_s=200, reserve_s=0, small=TINY_SYNC),
+        Part(name="sync-7b", command=sync("sglang", LARGE), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
         Part(name="speed", command=speed("sglang", SPEED), max_s=330, min_s=90, small=TINY_SPEED),
     ),
     "vllm": (
@@ -149,8 +153,8 @@ PARTS: dict[str, tuple[Part, ...]] = {
             max_s=150,
             small=TINY_JOB,
         ),
-        Part(name="sync", command=sync("vllm"), max_s=200, reserve_s=0),
-        Part(name="sync-7b", command=sync("vllm", "--shape 7b"), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
+        Part(name="sync", command=sync("vllm", ONE_GPU), max_s=200, reserve_s=0, small=TINY_SYNC),
+        Part(name="sync-7b", command=sync("vllm", LARGE), max_s=240, min_s=120, reserve_s=0, rehearsed=False),
         Part(
             name="speed",
             command=speed("vllm", "side_by_side,sessions,colocated,speculation"),
@@ -178,7 +182,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(name="sync", command=sync("sglang", "--paths {group}"), max_s=200, reserve_s=0),
         Part(
             name="sync-7b",
-            command=sync("sglang", "--paths {group} --shape 7b"),
+            command=sync("sglang", "--paths {group} --shape 7b --repetitions 3"),
             max_s=240,
             min_s=120,
             reserve_s=0,
