@@ -199,6 +199,9 @@ def _needed(config: Config, model_path: str | None) -> dict[str, str]:
         variables |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     if not config.trainer.placement.policy_num_gpus_per_node:
         variables |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    elif config.generator.weight_sync_backend == "nccl":
+        # SGLang would turn this off for itself, and one NCCL can't open the memory that the other shares with it then.
+        variables["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "-2")
     return variables
 
 
