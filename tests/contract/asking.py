@@ -120,14 +120,11 @@ async def until(condition: Callable[[], Any]) -> None:
     raise AssertionError(f"{condition.__qualname__} did not come true in {MAX_LOOKS} looks")
 
 
-async def running(engine: Engine, number: int = 1) -> None:
-    """Until so many requests run and have made some tokens."""
-
-    async def are_running() -> bool:
-        return (await engine.stats()).num_running >= number
-
-    await until(are_running)
-    await asyncio.sleep(0.15)
+MOMENTS = (0.2, 0.05, 0.5, 0.02, 1.0, 2.0, 4.0)
+"""Seconds after which a request is met half way, tried in turn: engines and machines differ. A server that is busy
+answers no question about what runs, so asking it would come too late."""
+LONG = 1900
+"""Tokens of an answer that is to be met half way."""
 
 
 async def idle(engine: Engine) -> None:

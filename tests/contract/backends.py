@@ -75,7 +75,7 @@ SETTINGS: dict[str, Setting] = {
             "lora.enabled": True,
             "lora.max_rank": 8,
             "lora.target_modules": ["q_proj", "v_proj"],
-            "lora.max_loras_per_batch": 4,
+            "lora.max_loras_per_batch": 5,
             "lora.paths": {name: f"{{{name}}}" for name in ADAPTER_SEEDS},
         },
         only=SERVERS,

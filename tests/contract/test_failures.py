@@ -12,7 +12,7 @@ import pytest
 from skyrl_train.errors import ConfigError
 from skyrl_train.types import SessionRef
 from tests.contract import models
-from tests.contract.asking import Ids, ask, assert_greedy, prompts, running
+from tests.contract.asking import MOMENTS, Ids, ask, assert_greedy, prompts
 from tests.contract.backends import refuse_before_start
 from tests.contract.under_test import Case
 
@@ -30,9 +30,9 @@ async def test_a_server_killed_in_the_middle_loses_nothing(case: Case) -> None:
     async with under_test.serving(other):
         before = await case.engine.stats()
         wanted = prompts(*range(8, 24), seed=95)
-        requests = [ask(prompt, 300) for prompt in wanted]
+        requests = [ask(prompt, 600) for prompt in wanted]
         tasks = [asyncio.create_task(case.engine.generate(request)) for request in requests]
-        await running(case.engine)
+        await asyncio.sleep(MOMENTS[0])
         assert under_test.server_pid is not None
         pid = under_test.server_pid()
         os.kill(pid, signal.SIGKILL)
@@ -40,12 +40,12 @@ async def test_a_server_killed_in_the_middle_loses_nothing(case: Case) -> None:
         after = await case.engine.stats()
         for request, prompt, answer in zip(requests, wanted, answers, strict=True):
             assert answer.request_id == request.request_id
-            assert (len(answer.token_ids), answer.finish_reason) == (300, "length")
+            assert (len(answer.token_ids), answer.finish_reason) == (600, "length")
             assert [span.version for span in answer.versions] == [under_test.version]
             assert_greedy(other, prompt, answer)
         assert after.num_restarts_total == before.num_restarts_total + 1
         assert after.num_resent_total > before.num_resent_total
-        assert after.num_generated_tokens_total - before.num_generated_tokens_total == 16 * 300
+        assert after.num_generated_tokens_total - before.num_generated_tokens_total == 16 * 600
         assert under_test.server_pid() != pid
         assert not Path(f"/proc/{pid}").exists()
 

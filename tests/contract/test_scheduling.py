@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.contract.asking import ask, assert_greedy, prompts, running
+from tests.contract.asking import LONG, MOMENTS, ask, assert_greedy, prompts
 from tests.contract.under_test import Case
 
 ONE_SEAT = pytest.mark.setting("one_seat")
@@ -24,8 +24,8 @@ async def test_the_higher_priority_is_served_first(case: Case) -> None:
         await case.engine.generate(ask(prompt, 8, priority=priority))
         served.append(priority)
 
-    task = asyncio.create_task(case.engine.generate(ask(first, 500)))
-    await running(case.engine)
+    task = asyncio.create_task(case.engine.generate(ask(first, LONG)))
+    await asyncio.sleep(MOMENTS[0])
     tasks = []
     for prompt, priority in zip(others, (0, 2, 1, 3), strict=True):
         tasks.append(asyncio.create_task(one(prompt, priority)))

@@ -10,7 +10,7 @@ import pytest
 
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import SessionRef
-from tests.contract.asking import Ids, ask, assert_greedy, idle, prompts, reference_greedy, running
+from tests.contract.asking import LONG, MOMENTS, Ids, ask, assert_greedy, idle, prompts, reference_greedy
 from tests.contract.under_test import Case
 
 pytestmark = pytest.mark.capability("Sessions: turns, branches, capacity, closing")
@@ -84,13 +84,13 @@ async def test_an_aborted_turn_can_be_made_again(case: Case) -> None:
     if not await _has_sessions(case):
         return
     root, new = prompts(20, 8, seed=53)
-    async with _session(case, 2000) as session_id:
+    async with _session(case, 2048) as session_id:
         first = ask(root, 6, session=SessionRef(session_id=session_id))
         whole = root + (await case.engine.generate(first)).token_ids
         at = SessionRef(session_id=session_id, parent_request_id=first.request_id)
-        cut = ask(new, 1500, session=at)
+        cut = ask(new, LONG, session=at)
         task = asyncio.create_task(case.engine.generate(cut))
-        await running(case.engine)
+        await asyncio.sleep(MOMENTS[0])
         await case.engine.abort([cut.request_id])
         assert (await task).finish_reason == "abort"
         again = await case.engine.generate(ask(new, 9, session=at))
@@ -107,11 +107,11 @@ async def test_a_session_is_closed_after_an_error_and_after_a_cancellation(case:
     assert (await case.engine.stats()).num_sessions == 0
 
     async def long_turn() -> None:
-        async with _session(case, 2000) as session_id:
-            await case.engine.generate(ask([65, 66], 1500, session=SessionRef(session_id=session_id)))
+        async with _session(case, 2048) as session_id:
+            await case.engine.generate(ask([65, 66], LONG, session=SessionRef(session_id=session_id)))
 
     task = asyncio.create_task(long_turn())
-    await running(case.engine)
+    await asyncio.sleep(MOMENTS[0])
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

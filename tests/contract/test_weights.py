@@ -11,7 +11,7 @@ from skyrl_train.errors import RequestRejected, WeightUpdateError
 from skyrl_train.types import Completion, DiskWeights, NamedWeights, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
 from tests.contract import models
-from tests.contract.asking import Ids, ask, assert_greedy, prompts, running, until
+from tests.contract.asking import LONG, MOMENTS, Ids, ask, assert_greedy, prompts, until
 from tests.contract.under_test import Case
 
 PATHS = pytest.mark.setting("plain", "disk", "gloo")
@@ -87,15 +87,18 @@ async def test_an_answer_over_an_update_goes_on_as_the_new_model_from_what_it_ha
         return
     (prompt,) = prompts(24, seed=42)
     other = models.policy(seed=1)
-    task = asyncio.create_task(case.engine.generate(ask(prompt, 600)))
-    await running(case.engine)
-    old = case.started.version
-    async with case.started.serving(other):
-        answer = await task
+    for moment in MOMENTS:
+        task = asyncio.create_task(case.engine.generate(ask(prompt, LONG)))
+        await asyncio.sleep(moment)
+        old = case.started.version
+        async with case.started.serving(other):
+            answer = await task
+        if len(answer.versions) > 1:
+            break
     assert [span.version for span in answer.versions] == [old, old + 1]
     border = answer.versions[0].end
     _assert_part(case.reference, prompt, answer, 0, border)
-    _assert_part(other, prompt, answer, border, 600)
+    _assert_part(other, prompt, answer, border, LONG)
 
 
 @UPDATE
@@ -176,11 +179,11 @@ async def test_a_prefix_is_cached_until_the_cache_is_flushed(case: Case) -> None
 
 @pytest.mark.capability("Prefix cache, and forgetting it")
 async def test_a_flush_while_requests_run_is_refused(case: Case) -> None:
-    task = asyncio.create_task(case.engine.generate(ask([65, 66, 67], 600)))
-    await running(case.engine)
+    task = asyncio.create_task(case.engine.generate(ask([65, 66, 67], LONG)))
+    await asyncio.sleep(MOMENTS[0])
     with pytest.raises(RequestRejected):
         await case.engine.flush_cache()
-    assert len((await task).token_ids) == 600
+    assert len((await task).token_ids) == LONG
 
 
 def _assert_part(model: object, prompt: Ids, answer: Completion, start: int, end: int) -> None:
