@@ -48,6 +48,11 @@ logger = logging.getLogger(__name__)
 ChannelKind = Literal["disk", "tensor", "cuda_ipc", "gloo", "nccl"]
 
 
+_NCCL_HINT = (
+    " (NCCL_CUMEM_ENABLE must be the same for the trainer and the server; SGLang sets it to 0 where nobody else did)"
+)
+
+
 def sglang_channel(
     kind: ChannelKind,
     url: str,
@@ -136,8 +141,9 @@ class _SGLangChannel(WeightChannel):
         try:
             yield
         except WeightUpdateError as error:
+            hint = _NCCL_HINT if "unhandled cuda error" in str(error) else ""
             raise WeightsTorn(
-                f"{error}. The server may hold half an update: it stays paused until it gets a whole one"
+                f"{error}{hint}. The server may hold half an update: it stays paused until it gets a whole one"
             ) from error
 
 
