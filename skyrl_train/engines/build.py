@@ -23,7 +23,9 @@ from skyrl_train.engines.server.lifeline import HealthPolicy, Lifeline
 from skyrl_train.engines.server.process import ServerProcess
 from skyrl_train.errors import ConfigError, RequestRejected
 from skyrl_train.types import SamplingParams
+from skyrl_train.weight_sync.adapter import check_adapter
 from skyrl_train.weight_sync.channel import WeightChannel
+from skyrl_train.weight_sync.model_folder import model_specs
 from skyrl_train.weight_sync.verify import Score, probe_tokens, verify_weights
 
 
@@ -80,7 +82,7 @@ async def build_server_engine(
     )
     for key, sampling in (samplings or {}).items():
         await _check_sampling(key, sampling, servers[0])
-    engines = [_engine(config, server, shape, policy_version, reference) for server in servers]
+    engines = [_engine(config, server, places, shape, policy_version, reference) for server in servers]
     return engines[0] if len(engines) == 1 else RoutedEngine(engines)
 
 
@@ -96,7 +98,12 @@ async def _check_sampling(key: str, sampling: SamplingParams, server: ServerPart
 
 
 def _engine(
-    config: Config, server: ServerParts, shape: ModelShape, policy_version: int, reference: Score | None
+    config: Config,
+    server: ServerParts,
+    places: Places,
+    shape: ModelShape,
+    policy_version: int,
+    reference: Score | None,
 ) -> ServerEngine:
     generator, name = config.generator, server.traits.name
     health = generator.health_checks
@@ -123,6 +130,7 @@ def _engine(
         adapters=tuple(generator.lora.paths),
         policy_version=policy_version,
         verify=None if reference is None else _verify(name, reference, shape.vocab_size, dtype),
+        check_adapter=lambda adapter: check_adapter(adapter, model_specs(places.model)),
     )
 
 

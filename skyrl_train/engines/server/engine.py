@@ -51,6 +51,7 @@ class ServerEngine:
         adapters: Collection[str] = (),
         policy_version: int = 0,
         verify: Verify | None = None,
+        check_adapter: Callable[[AdapterWeights], None] = lambda adapter: None,
     ) -> None:
         self._traits = traits
         self._info = EngineInfo(
@@ -66,6 +67,7 @@ class ServerEngine:
         self._bucket_bytes = bucket_bytes
         self._adapters = frozenset(adapters)
         self._verify = verify
+        self._check_adapter = check_adapter
         self._traffic = Traffic(self._info, traits, lost=self._lost, check_open=self._check_open)
 
         self._version = policy_version
@@ -281,6 +283,7 @@ class ServerEngine:
         if isinstance(source, AdapterWeights):
             if "adapter_weights" not in self._info.capabilities:
                 raise WeightUpdateError(f"engine {self._info.name} serves no adapters; send it the merged matrices")
+            self._check_adapter(source)
         elif not isinstance(source, NamedWeights):
             raise WeightUpdateError(
                 f"engine {self._info.name} is a process of its own and needs the tensors, found {type(source).__name__}"
@@ -316,7 +319,10 @@ class ServerEngine:
         self._num_adapters_named += 1
         # A name is never used twice: a server may go on serving an adapter that it unloaded.
         name = f"policy-{version}-{self._num_adapters_named}"
-        await life.client.load_adapter(name, adapter)
+        try:
+            await life.client.load_adapter(name, adapter)
+        except RequestRejected as exc:
+            raise WeightUpdateError(f"engine {self._info.name} does not take the adapter: {exc}") from exc
         serving = self._traffic.serving
         if serving is not None and serving.life is life and serving.adapter is not None:
             await life.client.unload_adapter(serving.adapter)
