@@ -9,6 +9,7 @@ from skyrl_train.config.keys import schema_keys
 from skyrl_train.engines.sglang import args as sglang
 from skyrl_train.engines.sglang.command import switch_of
 from skyrl_train.engines.vllm import args as vllm
+from skyrl_train.engines.vllm.derived import NUM_POLICY_ADAPTERS, max_adapters
 
 _SGLANG_ALIASES = {
     "tensor_parallel_size": "tp_size",
@@ -71,6 +72,7 @@ def sglang_findings(checked: Checked) -> Iterator[Finding]:
 def vllm_findings(checked: Checked) -> Iterator[Finding]:
     yield from _unknown_to_vllm(checked)
     yield from _vllm_written_twice(checked)
+    yield from _vllm_slots(checked)
 
 
 def _missing_in_release(checked: Checked) -> Iterator[Finding]:
@@ -151,6 +153,19 @@ def _vllm_written_twice(checked: Checked) -> Iterator[Finding]:
     for name in checked.config.generator.engine_init_kwargs:
         if key := keys.get(name.replace("-", "_")):
             yield error(f"generator.engine_init_kwargs.{name} writes the same vLLM option as {key}; use that key")
+
+
+def _vllm_slots(checked: Checked) -> Iterator[Finding]:
+    """Adapters that may not be loaded together: on a CPU one slot stays empty."""
+    config = checked.config
+    lora, may_be = config.generator.lora, max_adapters(config)
+    policy = NUM_POLICY_ADAPTERS if config.trainer.policy.model.lora.rank else 0
+    if lora.enabled and may_be is not None and may_be < (needed := len(lora.paths) + policy):
+        yield error(
+            f"{checked.show('generator.lora.max_loras_per_batch')} has room for {may_be} adapters on a CPU, the run "
+            f"loads {len(lora.paths)} of generator.lora.paths and {policy} of the policy's (the old one and the new "
+            f"one); set it to {needed + 1}"
+        )
 
 
 def _by(key: Callable[[sglang.Argument], str]) -> dict[str, Sequence[sglang.Argument]]:

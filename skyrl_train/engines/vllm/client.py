@@ -29,6 +29,8 @@ from skyrl_train.types import AdapterWeights
 HEALTH_TIMEOUT_S = 5.0
 ADAPTER_TIMEOUT_S = 300.0
 SLEEP_TIMEOUT_S = 300.0
+SERVER_INFO_TIMEOUT_S = 180.0
+"""It also asks the system's tools what is installed."""
 SCORE_TIMEOUT_S = 600.0
 
 _TAGS: Mapping[Occupant, str] = {"weights": "weights", "kv_cache": "kv_cache"}
@@ -251,7 +253,7 @@ class VLLMClient:
     async def _check_development_mode(self) -> None:
         start = "start it with VLLM_SERVER_DEV_MODE=1 in its environment"
         try:
-            info = await self.http.get("/server_info?config_format=json")
+            info = await self.http.get("/server_info?config_format=json", timeout_s=SERVER_INFO_TIMEOUT_S)
         except RequestRejected as exc:
             raise ConfigError(f"the server at {self.http.base_url} has no pause and no weight update; {start}") from exc
         mode = info["vllm_config"]["model_config"]["logprobs_mode"]

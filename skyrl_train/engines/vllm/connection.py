@@ -24,32 +24,41 @@ class Connection:
     def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}
 
     async def post(
-        self, path: str, body: Mapping[str, Any] | None = None, *, timeout_s: float | None = CALL_TIMEOUT_S
+        self,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+        pooled: bool = False,
     ) -> Any:
         """The answer's JSON, or its text where it isn't JSON. `timeout_s` None waits as long as the server lives.
 
-        Raises what `answers.refusal` says for any status but 200, EngineUnavailable when nobody answers.
+        `pooled` keeps the connection for the next such call. Others get one of their own: vLLM ends a connection after
+        an error of its own (500) without saying so, and the call that came next on it would be lost. Raises what
+        `answers.refusal` says for any status but 200, EngineUnavailable when nobody answers.
         """
-        return await self._call("POST", path, {} if body is None else body, timeout_s)
+        return await self._call("POST", path, {} if body is None else body, timeout_s, pooled)
 
     async def get(self, path: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
-        return await self._call("GET", path, None, timeout_s)
+        return await self._call("GET", path, None, timeout_s, False)
 
     async def close(self) -> None:
-        session, self._session = self._session, None
-        if session is not None:
+        sessions, self._sessions = self._sessions, {}
+        for session in sessions.values():
             await session.close()
 
-    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None) -> Any:
+    async def _call(
+        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None, pooled: bool
+    ) -> Any:
         what = f"{method} {self.base_url}{path}"
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         data = None if body is None else json.dumps(body).encode()
         headers = {} if data is None else {"Content-Type": "application/json"}
         try:
-            async with self._open().request(
+            async with self._open(pooled).request(
                 method, self.base_url + path, data=data, headers=headers, timeout=timeout
             ) as response:
                 text = await response.text()
@@ -65,8 +74,13 @@ class Connection:
         except ValueError as exc:
             raise EngineUnavailable(f"{what}: the answer is no JSON: {text[:200]!r}") from exc
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None or self._session.closed:
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            self._session = aiohttp.ClientSession(connector=connector, headers=self._headers)
-        return self._session
+    def _open(self, pooled: bool) -> aiohttp.ClientSession:
+        session = self._sessions.get(pooled)
+        if session is None or session.closed:
+            connector = (
+                aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
+                if pooled
+                else aiohttp.TCPConnector(limit=0, force_close=True)
+            )
+            session = self._sessions[pooled] = aiohttp.ClientSession(connector=connector, headers=self._headers)
+        return session

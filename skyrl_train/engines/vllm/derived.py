@@ -89,12 +89,11 @@ def _lora(config: Config, known: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cpu(config: Config, known: Mapping[str, Any], model: str) -> dict[str, Any]:
     running = known.get("max-num-seqs") or CPU_MAX_RUNNING
-    return {
-        "max-num-seqs": running,
-        "kv-cache-memory-bytes": _cache_bytes(config, running, model),
+    derived = {"max-num-seqs": running, "kv-cache-memory-bytes": _cache_bytes(config, running, model)}
+    if "compilation-config" not in known:
         # Compiling takes tens of seconds at each start, and pays for no small model.
-        "enforce-eager": True,
-    }
+        derived["enforce-eager"] = True
+    return derived
 
 
 def _cache_bytes(config: Config, running: int, model: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FRONT_END = {"enable-prompt-tokens-details", "disable-uvicorn-access-log", "lora
 """Options of the HTTP server: the stored lists are the engine's."""
 
 
+@cache
 def config_of(*keys: str) -> Any:
     return load_config(["generator.backend=vllm", "trainer.policy.model.path=models/m", *keys]).config
 
@@ -66,14 +68,14 @@ def test_a_server_on_a_cpu_gets_what_it_needs(tmp_path: Path) -> None:
 def test_what_the_user_set_is_not_overridden() -> None:
     options = server_options(
         config_of(
-            "+generator.engine_init_kwargs.enforce_eager=false",
+            "+generator.engine_init_kwargs.compilation_config={mode: 3}",
             "generator.model_dtype=bfloat16",
             "+generator.engine_init_kwargs.kv_cache_memory_bytes=5",
             "+generator.engine_init_kwargs.logprobs_mode=raw_logprobs",
             "+generator.engine_init_kwargs.served_model_name=mine",
         )
     )
-    assert (options["enforce-eager"], options["dtype"]) == (False, "bfloat16")
+    assert "enforce-eager" not in options and options["dtype"] == "bfloat16"
     assert (options["kv-cache-memory-bytes"], options["served-model-name"]) == (5, "mine")
     assert server_traits("vllm-0", options, release="0.32.0").logprob_space == "raw"
 
@@ -122,6 +124,13 @@ def test_a_policy_that_is_an_adapter_has_room_for_the_next_one() -> None:
     assert options["lora-modules"] == ["named=adapters/a"] and max_adapters(config) == 3
 
 
+def test_more_adapters_than_slots_are_refused() -> None:
+    keys = ("trainer.policy.model.lora.rank=4", "+generator.lora.paths.named=adapters/a")
+    with pytest.raises(ConfigError, match=r"has room for 2 adapters on a CPU.* set it to 4"):
+        config_of(*keys, "generator.lora.max_loras_per_batch=3")
+    config_of(*keys, "generator.lora.max_loras_per_batch=4")
+
+
 def test_options_of_adapters_are_left_out_without_them() -> None:
     assert not [name for name in server_options(config_of("generator.lora.max_rank=8")) if "lora" in name]
 
@@ -142,7 +151,7 @@ def test_capabilities_follow_the_options() -> None:
 def test_our_own_paths_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", "/ours")
     config = config_of(
-        "+generator.engine_environment.PYTHONPATH=/theirs", "+generator.engine_environment.DO_NOT_TRACK=0"
+        "+generator.engine_environment.PYTHONPATH=/theirs", "+generator.engine_environment.DO_NOT_TRACK=maybe"
     )
     environment = server_environment(config, python="/env/bin/python", release="0.32.0")
     assert environment["PYTHONPATH"] == f"{RECEIVER_FOLDER}{os.pathsep}/theirs"

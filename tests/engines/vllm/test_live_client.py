@@ -190,7 +190,7 @@ async def test_scores_are_the_models_also_while_halted(live: Live) -> None:
 
 async def test_higher_priority_is_served_first(live: Live) -> None:
     """All seats are taken; of those that wait, the last sent but most important comes first."""
-    seats = [asyncio.ensure_future(ask(live, greedy(200))) for _ in range(8)]
+    seats = [asyncio.ensure_future(ask(live, greedy(600))) for _ in range(8)]
     await until_running(live, 8)
     order: list[int] = []
 

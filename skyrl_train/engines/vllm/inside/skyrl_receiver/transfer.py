@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -102,7 +103,9 @@ class SkyRLTransferEngine(WeightTransferEngine):
         if step is None:
             raise UpdateRefused(f"an update has no step {update_info.kind!r}")
         try:
-            step(update_info)
+            # Some layers read it when they process their weights; 0.26 doesn't set it around an update.
+            with set_current_vllm_config(self.vllm_config):
+                step(update_info)
         except BaseException as error:
             loading = self._loading
             self._abandon(update_info)
