@@ -26,6 +26,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -205,6 +206,7 @@ class SkyRLTransferEngine(WeightTransferEngine):
         files = self._known().files
         self._load(_read({name: files[name] for name in self._update.missing}, self._update.missing))
         finalize_layerwise_reload(self.model, self.model_config)
+        self._pack_tied_head()
         self._loading = False
         self._ever_updated.update(self._update.plan)
         self._update = _Update()
@@ -221,6 +223,7 @@ class SkyRLTransferEngine(WeightTransferEngine):
                 state.loaded_weights = []
                 state.load_numel = 0
         finalize_layerwise_reload(self.model, self.model_config)
+        self._pack_tied_head()
 
     # -- below the steps
 
@@ -246,6 +249,16 @@ class SkyRLTransferEngine(WeightTransferEngine):
         if not self._loading:
             self._loading = True
             initialize_layerwise_reload(self.model)
+
+    def _pack_tied_head(self) -> None:
+        """A head that is the embedding's matrix is loaded with that one, but on a CPU it multiplies by a packed copy of
+        its own, which no reload makes anew.
+        """
+        if self.device.type != "cpu" or not self._known().tied:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, ParallelLMHead) and not layer.weight.is_meta:
+                layer.quant_method.process_weights_after_loading(layer)
 
     @torch.no_grad()
     def _load(self, named: Iterable[tuple[str, torch.Tensor]]) -> None:
