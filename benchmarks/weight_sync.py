@@ -41,6 +41,7 @@ from benchmarks.report import Report
 from skyrl_train.config.machine import engine_release
 from skyrl_train.engines.server.client import ServerClient
 from skyrl_train.engines.server.process import LaunchSpec, ServerProcess
+from skyrl_train.errors import EngineUnavailable
 from skyrl_train.weight_sync.channel import WeightChannel
 from skyrl_train.weight_sync.plan import WeightPlan
 from skyrl_train.weight_sync.verify import TOLERANCES, probe_tokens, verify_weights
@@ -50,7 +51,8 @@ ON = {"cpu": ("disk", "tensor", "gloo"), "cuda": ("disk", "cuda_ipc", "gloo", "n
 PATH_S = 150.0
 """Of one path at most."""
 MIN_PATH_S = 10.0
-STOP_S = 60.0
+STOP_S = 25.0
+"""Kept for the server to end in."""
 HEAD = ("engine", "path", "open, s", "ahead, s", "first, s", "push, s", "GB/s", "device copies", "probe", "")
 
 
@@ -170,15 +172,32 @@ class Bench:
         process = ServerProcess(launched.spec)
         began = time.perf_counter()
         try:
-            url = await process.start()
+            url = await self._start(process)
             self._report.log(f"{engine}, {variant}: up after {time.perf_counter() - began:.1f} s")
             for path in paths:
                 if not process.is_running:
-                    url = await process.start()
+                    url = await self._start(process)
                 self.rows.append(await self._path(engine, path, launched, url, weights))
         finally:
             await process.stop()
             shutil.rmtree(disk_root, ignore_errors=True)
+
+    async def _start(self, process: ServerProcess) -> str:
+        limit_s = self._end - time.perf_counter() - STOP_S
+        try:
+            async with asyncio.timeout(max(limit_s, 0.0)):
+                return await process.start()
+        except TimeoutError as exc:
+            raise EngineUnavailable(
+                f"the server was not up within the {max(limit_s, 0.0):.0f} s that were left"
+            ) from exc
+
+    def fill(self) -> None:
+        """A row for each path that has none: what broke the run off is in the log."""
+        done = {(row[0], row[1]) for row in self.rows}
+        for engine in self._args.engine:
+            for paths in self._placements().values():
+                self.rows += [_failed(engine, path, "broken off") for path in paths if (engine, path) not in done]
 
     async def _path(self, engine: str, path: str, launched: Launched, url: str, weights: Weights) -> list[str]:
         limit_s = min(PATH_S, self._end - time.perf_counter() - STOP_S)
@@ -283,6 +302,7 @@ async def measure(args: argparse.Namespace) -> list[list[str]]:
     try:
         await bench.run(weights)
     finally:
+        bench.fill()
         report.facts(bench.head(weights))
         report.table(HEAD, bench.rows)
         report.save()
