@@ -16,8 +16,8 @@ from skyrl_train.types import Completion, GenerateRequest, SamplingParams, Sessi
 
 _numbers = itertools.count()
 
-GREEDY, SAMPLED, NOISE = 0.0, 1.0, 100.0
-"""Temperatures. NOISE makes any model's text random: no draft can foresee it."""
+GREEDY, SAMPLED = 0.0, 1.0
+"""Temperatures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,19 +67,20 @@ def request(
 async def ask(engine: Engine, requests: Sequence[Request], *, temperature: float) -> Run:
     """All at once; raises what the first failing request raised."""
     asked = [request(r.prompt_token_ids, r.max_new_tokens, temperature=temperature) for r in requests]
-    before, accepted_before = await engine.stats(), await accepted_drafts(engine)
+    before, drafts_before = await engine.stats(), await drafts_of_vllm(engine)
     wall, cpu = time.perf_counter(), time.process_time()
     completions = await asyncio.gather(*(engine.generate(one) for one in asked))
     wall_s, cpu_s = time.perf_counter() - wall, time.process_time() - cpu
-    after, accepted_after = await engine.stats(), await accepted_drafts(engine)
+    after, drafts_after = await engine.stats(), await drafts_of_vllm(engine)
     short = [c.request_id for c, r in zip(completions, requests, strict=True) if len(c.token_ids) != r.max_new_tokens]
     if short:
         raise RuntimeError(f"{len(short)} of {len(requests)} answers have another length than was asked for")
-    if accepted_before is None or accepted_after is None:
-        accept_len = accept_len_between(before, after)
-    else:
-        tokens = sum(r.max_new_tokens for r in requests)
-        accept_len = tokens / (tokens - (accepted_after - accepted_before))
+    tokens = sum(r.max_new_tokens for r in requests)
+    accept_len = (
+        accept_len_between(before, after)
+        if drafts_before is None or drafts_after is None
+        else accept_len_of(tokens, *(now - then for now, then in zip(drafts_after, drafts_before, strict=True)))
+    )
     return Run(
         completions=tuple(completions),
         wall_s=wall_s,
@@ -90,15 +91,28 @@ async def ask(engine: Engine, requests: Sequence[Request], *, temperature: float
     )
 
 
-async def accepted_drafts(engine: Engine) -> float | None:
-    """vLLM's count: its accept length leaves out the steps that had no draft, so it can't be taken apart by rounds."""
+async def drafts_of_vllm(engine: Engine) -> tuple[float, float] | None:
+    """How many drafts were verified and how many of their tokens accepted, so far; None of another engine.
+
+    vLLM's own accept length leaves out the steps that had no draft, so it can't be taken apart by rounds.
+    """
     if "speculation" not in engine.info.capabilities or not isinstance(engine, ServerEngine):
         return None
-    name, total = "vllm:spec_decode_num_accepted_tokens_total", None
+    sums = dict.fromkeys(("num_drafts", "num_accepted_tokens"), 0.0)
+    found = False
     for line in (await engine.metrics_text()).splitlines():
-        if line.startswith(name):
-            total = (total or 0.0) + float(line.rpartition(" ")[2])
-    return total
+        for name in sums:
+            if line.startswith((f"vllm:spec_decode_{name}_total{{", f"vllm:spec_decode_{name}_total ")):
+                sums[name] += float(line.rpartition(" ")[2])
+                found = True
+    return (sums["num_drafts"], sums["num_accepted_tokens"]) if found else None
+
+
+def accept_len_of(tokens: int, drafts: float, accepted: float) -> float:
+    """Tokens a step: a step with a draft makes what it accepts and one more, any other step one. The last draft of an
+    answer may have more accepted than there was room for.
+    """
+    return tokens / (drafts + max(tokens - accepted - drafts, 0.0))
 
 
 def accept_len_between(before: EngineStats, after: EngineStats) -> float | None:

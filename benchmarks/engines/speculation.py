@@ -3,8 +3,8 @@
     python -m benchmarks.engines.speculation --engine sglang --batches 1,4,16
 
 Two servers with the same weights. "foreseen": the model loops through 16 tokens, and so does each prompt; greedy, so
-both servers must make the same tokens. "noise": random prompts at so high a temperature that any token is as likely as
-any other: what verifying drafts costs when none hits. Real text lies between the two.
+both servers must make the same tokens. "noise": a random model, sampled, on random prompts: what verifying drafts costs
+when none hits. Real text lies between the two.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import argparse
 import random
 from collections.abc import Sequence
 
-from benchmarks.engines.asking import GREEDY, NOISE, Run, ask, median_run, num_equal
-from benchmarks.engines.folders import LOOP, looping_model, next_in_loop
+from benchmarks.engines.asking import GREEDY, SAMPLED, Run, ask, median_run, num_equal
+from benchmarks.engines.folders import LOOP, looping_model, next_in_loop, spread_model
 from benchmarks.engines.harness import (
     SERVERS,
     Failed,
@@ -33,7 +33,8 @@ from benchmarks.workload import FIRST_WORD_ID, Request, draw_tokens
 NAME, TITLE = "speculation-{engine}", "N-gram speculation over batch sizes, {engine}"
 SIZE_S = 60.0
 VARIANTS = ("plain", "ngram")
-KINDS = {"foreseen": GREEDY, "noise": NOISE}
+KINDS = {"foreseen": (looping_model, GREEDY), "noise": (spread_model, SAMPLED)}
+"""The model and the temperature."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +62,8 @@ async def measure(fleet: Fleet, report: Report, args: argparse.Namespace) -> Non
                 runs |= {(variant, kind, batch): ship for batch in args.batches}
             continue
         ships.append(ship)
-        given = await cell(fleet, f"looping weights, {variant}", lambda s=ship: give(fleet, s, looping_model))
-        for kind in KINDS:
+        for kind, (make, _) in KINDS.items():
+            given = await cell(fleet, f"weights, {variant}, {kind}", lambda s=ship, m=make: give(fleet, s, m))
             failed = given if isinstance(given, Failed) else None
             for batch in args.batches:
                 run = failed or await cell(
@@ -89,7 +90,7 @@ async def one_size(fleet: Fleet, ship: Ship, kind: str, batch: int, args: argpar
     for repetition in range(args.repetitions + 1):
         seed = args.seed + 1000 * repetition + batch
         requests = draw(kind, batch, args.prompt, args.new, fleet.setup.shape.vocab_size, seed=seed)
-        run = await ask(ship.engine, requests, temperature=KINDS[kind])
+        run = await ask(ship.engine, requests, temperature=KINDS[kind][1])
         if repetition:  # the first one warms up
             fleet.report.log(
                 f"{ship.name}, {kind}, {batch} requests: {run.wall_s:.3f} s, {run.tokens_per_s:,.0f} tokens/s, "

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks.engines import side_by_side
-from benchmarks.engines.asking import accept_len_between, common_prefix
+from benchmarks.engines.asking import accept_len_between, accept_len_of, common_prefix
 from benchmarks.engines.example_job import overrides, write_data
 from benchmarks.engines.folders import LOOP, constant_model, looping_model, next_in_loop, previous_in_loop, spread_model
 from benchmarks.engines.harness import Setup, cell
@@ -66,6 +66,12 @@ def test_the_accept_length_of_a_round_is_its_own_tokens_over_its_own_verificatio
     assert accept_len_between(stats(100, 2.0), stats(400, 400 / 125)) == pytest.approx(4.0)
     assert accept_len_between(stats(0, None), stats(100, 2.0)) == pytest.approx(2.0)
     assert accept_len_between(stats(0, None), stats(100, None)) is None
+
+
+def test_steps_without_a_draft_make_one_token_and_the_last_draft_may_have_more_than_there_was_room_for():
+    assert accept_len_of(10, drafts=2, accepted=4) == pytest.approx(10 / 6)  # 3 and 3 tokens, then four of one
+    assert accept_len_of(10, drafts=0, accepted=0) == 1.0
+    assert accept_len_of(16, drafts=2, accepted=16) == 8.0
 
 
 def test_a_spread_model_has_the_logits_of_a_trained_one_and_its_own_answers_are_no_difference():
