@@ -73,6 +73,7 @@ def vllm_findings(checked: Checked) -> Iterator[Finding]:
     yield from _unknown_to_vllm(checked)
     yield from _vllm_written_twice(checked)
     yield from _vllm_slots(checked)
+    yield from _vllm_draft_length(checked)
 
 
 def _missing_in_release(checked: Checked) -> Iterator[Finding]:
@@ -166,6 +167,13 @@ def _vllm_slots(checked: Checked) -> Iterator[Finding]:
             f"loads {len(lora.paths)} of generator.lora.paths and {policy} of the policy's (the old one and the new "
             f"one); set it to {needed + 1}"
         )
+
+
+def _vllm_draft_length(checked: Checked) -> Iterator[Finding]:
+    """SGLang has a default for it, vLLM has none."""
+    keys = checked.config.generator.speculative_decoding
+    if keys.enabled and keys.num_draft_tokens is None:
+        yield error("generator.speculative_decoding.num_draft_tokens=null: vLLM has no default for it; 3 to 5 is usual")
 
 
 def _by(key: Callable[[sglang.Argument], str]) -> dict[str, Sequence[sglang.Argument]]:

@@ -65,7 +65,8 @@ def adapters(checked: Checked) -> Iterator[Finding]:
 
 
 def draft_tree(checked: Checked) -> Iterator[Finding]:
-    if not _on(checked):
+    """SGLang's: vLLM has chains alone."""
+    if not _on(checked) or checked.config.generator.backend == "vllm":
         return
     generator = checked.config.generator
     keys = generator.speculative_decoding

@@ -32,6 +32,7 @@ SLEEP_TIMEOUT_S = 300.0
 SERVER_INFO_TIMEOUT_S = 180.0
 """It also asks the system's tools what is installed."""
 SCORE_TIMEOUT_S = 600.0
+WARM_UP_TIMEOUT_S = 600.0
 
 _TAGS: Mapping[Occupant, str] = {"weights": "weights", "kv_cache": "kv_cache"}
 
@@ -261,6 +262,15 @@ class VLLMClient:
             raise ConfigError(
                 f"the server at {self.http.base_url} gives {mode}; start it with --logprobs-mode {PROCESSED_LOGPROBS}"
             )
+
+    async def _warm_up(self) -> None:
+        """One token: vLLM compiles a part of its sampler at the first request with log-probabilities, which takes tens
+        of seconds on a cold cache, and dies there of a compiler that doesn't work. A halted server is left alone.
+        """
+        if (await self.http.get("/is_paused"))["is_paused"]:
+            return
+        body = {"model": self.model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
+        await self.http.post("/v1/completions", body, timeout_s=WARM_UP_TIMEOUT_S)
 
     async def _empty_slots(self) -> None:
         """Take every adapter out of the workers; those that are still known come back when a request names them."""

@@ -116,6 +116,8 @@ def _speculation(config: Config) -> dict[str, Any]:
         "method": _METHODS.get(keys.algorithm, keys.algorithm),
         "model": keys.draft_model_path,
         "num_speculative_tokens": keys.num_draft_tokens,
-        "prompt_lookup_max": keys.ngram.max_trie_depth if keys.algorithm == "ngram" else None,
     }
+    if keys.algorithm == "ngram" and keys.ngram.max_trie_depth is not None:
+        # Left out, the shortest match is as long as the longest.
+        options |= {"prompt_lookup_max": keys.ngram.max_trie_depth, "prompt_lookup_min": 1}
     return {name: value for name, value in options.items() if value is not None}

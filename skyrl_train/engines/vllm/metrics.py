@@ -44,6 +44,10 @@ def _whole(sums: Mapping[str, float], name: str) -> int | None:
 
 
 def _accept_len(sums: Mapping[str, float]) -> float | None:
-    """Tokens a verification step yields: the accepted ones and the one that every step makes."""
-    drafts = sums.get("vllm:spec_decode_num_drafts_total", 0.0)
-    return 1.0 + sums["vllm:spec_decode_num_accepted_tokens_total"] / drafts if drafts else None
+    """Tokens a verification step yields: the accepted ones and the one that every step makes. None without speculation,
+    1 while nothing was drafted.
+    """
+    if "vllm:spec_decode_num_drafts_total" not in sums:
+        return None
+    drafts = sums["vllm:spec_decode_num_drafts_total"]
+    return 1.0 + sums["vllm:spec_decode_num_accepted_tokens_total"] / max(drafts, 1.0)

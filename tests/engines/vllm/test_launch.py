@@ -22,6 +22,7 @@ from tests.tiny import make_model
 STORED = Path(__file__).parents[2] / "config" / "vllm_options"
 RELEASES = ("0.26.0", "0.32.0")
 GPU = ("trainer.placement.policy_num_gpus_per_node=1", "trainer.policy.model.path=models/m")
+SPECULATION = ("generator.speculative_decoding.enabled=true", "generator.speculative_decoding.num_draft_tokens=3")
 FRONT_END = {"enable-prompt-tokens-details", "disable-uvicorn-access-log", "lora-modules"}
 """Options of the HTTP server: the stored lists are the engine's."""
 
@@ -42,7 +43,7 @@ def capabilities(*keys: str) -> frozenset[str]:
         (),
         GPU,
         ("generator.lora.enabled=true", "generator.scheduling.enable_priority=true"),
-        ("generator.speculative_decoding.enabled=true", "generator.metrics.tracing.enabled=true"),
+        (*SPECULATION, "generator.metrics.tracing.enabled=true"),
     ],
 )
 def test_each_option_that_follows_from_others_exists(release: str, keys: tuple[str, ...]) -> None:
@@ -142,10 +143,22 @@ def test_capabilities_follow_the_options() -> None:
     assert "priority" in capabilities("generator.scheduling.enable_priority=true")
     assert {"lora", "adapter_weights"} <= capabilities("generator.lora.enabled=true")
     assert "sleep" in capabilities(*GPU)
-    ngram = capabilities("generator.speculative_decoding.enabled=true")
+    ngram = capabilities(*SPECULATION)
     assert "min_p" not in ngram and {"speculation", "seed"} <= ngram
     draft = ("generator.speculative_decoding.algorithm=standalone", "generator.speculative_decoding.draft_model_path=d")
-    assert "seed" not in capabilities("generator.speculative_decoding.enabled=true", *draft)
+    assert "seed" not in capabilities(*SPECULATION, *draft)
+
+
+def test_speculation_in_vllms_words() -> None:
+    ngram = server_options(config_of(*SPECULATION, "generator.speculative_decoding.ngram.max_trie_depth=4"))
+    assert ngram["speculative-config"] == {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 4,
+        "prompt_lookup_min": 1,
+    }
+    with pytest.raises(ConfigError, match="vLLM has no default for it"):
+        config_of("generator.speculative_decoding.enabled=true")
 
 
 def test_our_own_paths_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

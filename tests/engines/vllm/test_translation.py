@@ -160,9 +160,14 @@ def test_figures_are_summed_over_engines() -> None:
 
 
 def test_without_speculation_there_is_no_accepted_length() -> None:
-    none_yet = SERIES.replace('drafts_total{engine="0"} 10.0', 'drafts_total{engine="0"} 0.0')
     without = "\n".join(line for line in SERIES.splitlines() if "spec_decode" not in line)
-    assert figures(none_yet).accept_len is None and figures(without).accept_len is None
+    assert figures(without).accept_len is None
+
+
+def test_while_nothing_was_drafted_a_step_makes_one_token() -> None:
+    nothing = SERIES.replace('drafts_total{engine="0"} 10.0', 'drafts_total{engine="0"} 0.0')
+    nothing = nothing.replace('accepted_tokens_total{engine="0"} 15.0', 'accepted_tokens_total{engine="0"} 0.0')
+    assert figures(nothing).accept_len == 1.0
 
 
 def test_series_that_are_missing_are_named() -> None:
