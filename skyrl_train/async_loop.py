@@ -73,13 +73,16 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
             step += 1
             with phases("train"):
                 experience, metrics = await _learn(run, selected.groups)
+            update = job.policy.export_weights()
+            with phases("prepare_weights"):
+                await job.engine.prepare_weights(update)
             with phases("landing"):
                 if run.deterministic:
                     await pipeline.next_is_complete()
                 await pipeline.gate.shut()
                 await pipeline.gate.rest()
             with phases("weight_sync"):
-                await sync_weights(job.engine, job.policy.export_weights())
+                await sync_weights(job.engine, update)
             rollouts = selected.rollouts
             metrics |= rollouts.metrics() | selected.metrics | experience.metrics
             metrics |= _version_lag(rollouts, int(metrics["policy/version"]))

@@ -61,9 +61,18 @@ def weight_sync(checked: Checked) -> Iterator[Finding]:
         yield error(
             f"{name} can't join two processes on one GPU, and trainer.placement.colocate_all=true; use cuda_ipc"
         )
-    if generator.use_overlapped_weight_sync and how not in ("nccl", "cuda_ipc"):
+    if generator.use_overlapped_weight_sync and how != "disk":
         yield error(
-            f"generator.use_overlapped_weight_sync=true needs weight_sync_backend nccl or cuda_ipc, found {how}"
+            f"generator.use_overlapped_weight_sync=true needs weight_sync_backend=disk, found {how}: a folder can be "
+            "written while requests run; the servers have no room for a second copy that arrives by other ways"
+        )
+    # Copies of the attention alone are on the same ranks.
+    num_copies = 1 if generator.attention.enable_dp_attention else generator.inference_engine_data_parallel_size
+    copies = generator.inference_engine_pipeline_parallel_size, num_copies
+    if how in ("nccl", "gloo", "cuda_ipc") and copies != (1, 1):
+        yield error(
+            f"{name} reaches the tensor-parallel ranks of one copy of the model, found pipeline and data parallel sizes "
+            f"{copies[0]} and {copies[1]}; use weight_sync_backend=disk"
         )
 
 

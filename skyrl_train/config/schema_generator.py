@@ -143,8 +143,8 @@ class Generator(Group):
     )
     use_overlapped_weight_sync: bool = Field(
         False,
-        description="Receive new weights beside the live ones and swap them under a short pause; takes the memory"
-        " of a second copy.",
+        description="With weight_sync_backend disk: write the new weights while requests still run, so that the pause is "
+        "the load alone. It shows in asynchronous training; elsewhere nothing runs then.",
     )
     n_samples_per_prompt: Positive = Field(description="Answers sampled for each prompt: the group that grpo compares.")
     eval_n_samples_per_prompt: Positive = Field(1, description="Answers sampled for each held-out prompt.")

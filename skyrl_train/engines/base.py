@@ -127,6 +127,13 @@ class Engine(Protocol):
 
     async def resume(self) -> None: ...
 
+    async def prepare_weights(self, update: WeightUpdate) -> None:
+        """What of the update needs no pause, while requests run; optional, and followed by `update_weights` of it.
+
+        Nothing that is served changes. Raises WeightUpdateError.
+        """
+        ...
+
     async def update_weights(self, update: WeightUpdate) -> None:
         """Only while paused; all or nothing; flushes the prefix cache once; then serves as `update.version`."""
         ...

@@ -129,6 +129,7 @@ def _engine(
         weight_dtype=dtype,
         adapters=tuple(generator.lora.paths),
         policy_version=policy_version,
+        prepares=generator.use_overlapped_weight_sync,
         verify=None if reference is None else _verify(name, reference, shape.vocab_size, dtype),
         check_adapter=lambda adapter: check_adapter(adapter, model_specs(places.model)),
     )

@@ -175,6 +175,11 @@ class RoutedEngine:
             await self._rotation.call(self._rotation.live(), lambda place: place.engine.resume())
             self._paused = False
 
+    async def prepare_weights(self, update: WeightUpdate) -> None:
+        """By each live engine; one that fails ends the update before it began."""
+        async with self._control:
+            await self._rotation.call(self._rotation.live(), lambda place: place.engine.prepare_weights(update))
+
     async def update_weights(self, update: WeightUpdate) -> None:
         """Whole when all live engines have it; one that is out of rotation gets it before it comes back.
 

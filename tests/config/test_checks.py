@@ -276,7 +276,18 @@ def test_quickstart_numbers_with_a_real_model_warn() -> None:
             (*EIGHT, "trainer.placement.colocate_all=false", "generator.weight_sync_backend=cuda_ipc"),
             "needs trainer.placement.colocate_all=true",
         ),
-        ((*SGLANG, "generator.use_overlapped_weight_sync=true"), "found disk"),
+        (
+            (*SGLANG, "generator.use_overlapped_weight_sync=true", "generator.weight_sync_backend=gloo"),
+            "needs weight_sync_backend=disk, found gloo",
+        ),
+        (
+            (
+                *SGLANG,
+                "generator.weight_sync_backend=gloo",
+                "generator.inference_engine_data_parallel_size=2",
+            ),
+            "found pipeline and data parallel sizes 1 and 2",
+        ),
     ],
 )
 def test_weight_sync_that_cannot_work_is_refused(argv: tuple[str, ...], why: str) -> None:

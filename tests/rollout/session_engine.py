@@ -85,6 +85,9 @@ class SessionEngine:
     async def resume(self) -> None:
         await self.engine.resume()
 
+    async def prepare_weights(self, update: WeightUpdate) -> None:
+        await self.engine.prepare_weights(update)
+
     async def update_weights(self, update: WeightUpdate) -> None:
         await self.engine.update_weights(update)
 

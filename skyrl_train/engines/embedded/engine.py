@@ -192,6 +192,9 @@ class EmbeddedEngine:
     async def resume(self) -> None:
         await self._driver.call(self._guarded(self.core.resume))
 
+    async def prepare_weights(self, update: WeightUpdate) -> None:
+        """Nothing: its update is a copy in memory, or not even that."""
+
     async def update_weights(self, update: WeightUpdate) -> None:
         await self._driver.call(self._guarded(lambda: self.core.update_weights(update)))
 

@@ -51,6 +51,7 @@ class ServerEngine:
         adapters: Collection[str] = (),
         policy_version: int = 0,
         verify: Verify | None = None,
+        prepares: bool = False,
         check_adapter: Callable[[AdapterWeights], None] = lambda adapter: None,
     ) -> None:
         self._traits = traits
@@ -67,6 +68,7 @@ class ServerEngine:
         self._bucket_bytes = bucket_bytes
         self._adapters = frozenset(adapters)
         self._verify = verify
+        self._prepares = prepares
         self._check_adapter = check_adapter
         self._traffic = Traffic(self._info, traits, lost=self._lost, check_open=self._check_open)
 
@@ -247,6 +249,12 @@ class ServerEngine:
 
     # -- weights
 
+    async def prepare_weights(self, update: WeightUpdate) -> None:
+        self._check_open()
+        source = self._readable(update).source
+        if self._prepares and isinstance(source, NamedWeights) and self._revival is None:
+            await self._life.channel.prepare(self._plan(source), source.tensors, version=update.version)
+
     async def update_weights(self, update: WeightUpdate) -> None:
         self._check_open()
         if not self._paused:
@@ -295,9 +303,8 @@ class ServerEngine:
         source, adapter = update.source, None
         self._given = None
         if isinstance(source, NamedWeights):
-            plan = WeightPlan.of(source.tensors, dtype=self._weight_dtype, bucket_bytes=self._bucket_bytes)
             self._whole = False
-            await life.channel.push(plan, source.tensors, version=update.version)
+            await life.channel.push(self._plan(source), source.tensors, version=update.version)
         else:
             assert isinstance(source, AdapterWeights), source
             adapter = await self._change_adapter(life, source, update.version)
@@ -311,6 +318,9 @@ class ServerEngine:
         # The base model is what can be scored. A paused server scores nothing: the proof comes when it goes on.
         self._unproved = isinstance(source, NamedWeights)
         self._traffic.serving = Serving(life=life, version=update.version, adapter=adapter)
+
+    def _plan(self, source: NamedWeights) -> WeightPlan:
+        return WeightPlan.of(source.tensors, dtype=self._weight_dtype, bucket_bytes=self._bucket_bytes)
 
     async def _change_adapter(self, life: Life, adapter: AdapterWeights, version: int) -> str:
         if self._held:
