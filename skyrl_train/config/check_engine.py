@@ -71,8 +71,8 @@ def weight_sync(checked: Checked) -> Iterator[Finding]:
     copies = generator.inference_engine_pipeline_parallel_size, num_copies
     if how in ("nccl", "gloo", "cuda_ipc") and copies != (1, 1):
         yield error(
-            f"{name} reaches the tensor-parallel ranks of one copy of the model, found pipeline and data parallel sizes "
-            f"{copies[0]} and {copies[1]}; use weight_sync_backend=disk"
+            f"{name} reaches the tensor-parallel ranks of one copy of the model, found pipeline and data parallel "
+            f"sizes {copies[0]} and {copies[1]}; use weight_sync_backend=disk"
         )
 
 
@@ -87,6 +87,11 @@ def remote_engines(checked: Checked) -> Iterator[Finding]:
     if generator.run_engines_locally and urls:
         yield error(
             f"{checked.show('generator.remote_inference_engine_urls')} needs generator.run_engines_locally=false"
+        )
+    if generator.run_engines_locally and generator.engine_api_key_env is not None:
+        yield error(
+            f"{checked.show('generator.engine_api_key_env')} is for generator.run_engines_locally=false: servers "
+            "that are started here listen on loopback, without a key"
         )
     if not generator.run_engines_locally and take_turns(checked.config):
         yield error(

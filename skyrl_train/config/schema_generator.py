@@ -95,6 +95,11 @@ class Generator(Group):
     remote_inference_engine_urls: Strings = Field(
         (), description="host:port of servers that somebody else runs, one for each of num_inference_engines."
     )
+    engine_api_key_env: str | None = Field(
+        None,
+        description="Environment variable that holds the key of the servers in remote_inference_engine_urls; null "
+        "sends none. Servers that are started here listen on loopback and need none. The key is never printed.",
+    )
     engine_python: str | None = Field(
         None,
         description="The Python interpreter that has SGLang or vLLM installed: servers pin their own torch and "
@@ -143,8 +148,8 @@ class Generator(Group):
     )
     use_overlapped_weight_sync: bool = Field(
         False,
-        description="With weight_sync_backend disk: write the new weights while requests still run, so that the pause is "
-        "the load alone. It shows in asynchronous training; elsewhere nothing runs then.",
+        description="With weight_sync_backend disk: write the new weights while requests still run, so that the pause "
+        "is the load alone. It shows in asynchronous training; elsewhere nothing runs then.",
     )
     n_samples_per_prompt: Positive = Field(description="Answers sampled for each prompt: the group that grpo compares.")
     eval_n_samples_per_prompt: Positive = Field(1, description="Answers sampled for each held-out prompt.")

@@ -166,6 +166,7 @@ UNBUILT: tuple[Unbuilt, ...] = (
             "run_engines_locally",
             "remote_inference_engine_urls",
             "engine_python",
+            "engine_api_key_env",
             "engine_environment",
             "rope_scaling",
             "rope_theta",

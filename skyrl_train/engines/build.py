@@ -167,6 +167,7 @@ async def _sglang_parts(
             device=device,
             disk_root=places.weights / traits.name,
             name=traits.name,
+            api_key=launch.api_key,
         )
 
     return ServerParts(
@@ -213,6 +214,7 @@ async def _vllm_parts(
             model_folder=places.model,
             device=device,
             disk_root=places.weights / traits.name,
+            api_key=launch.api_key,
         ),
     )
 

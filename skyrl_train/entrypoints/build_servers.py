@@ -18,6 +18,7 @@ from skyrl_train.engines.build import Places, build_server_engine
 from skyrl_train.entrypoints.build_rollouts import sampling_params
 from skyrl_train.errors import ConfigError
 from skyrl_train.training.learner import Learner
+from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.weight_sync.sync import Turns
 
 
@@ -34,25 +35,35 @@ def build_servers(
     config: Config, learner: Learner, tokenizer: Any, *, model_folder: Path, by_user: Callable[[str], bool]
 ) -> Engine:
     """Described and checked, not started; called where no event loop runs yet. Raises ConfigError."""
-    trainer = learner.trainer
+    return asyncio.run(describe_servers(config, tokenizer, learner.trainer, model_folder=model_folder, by_user=by_user))
+
+
+async def describe_servers(
+    config: Config,
+    tokenizer: Any,
+    trainer: PolicyTrainer | None = None,
+    *,
+    model_folder: Path,
+    by_user: Callable[[str], bool],
+) -> Engine:
+    """`trainer` None: the servers keep the weights of `model_folder`."""
 
     async def score(token_ids: Sequence[int]) -> tuple[float, ...]:
+        assert trainer is not None
         return trainer.score(token_ids)
 
-    return asyncio.run(
-        build_server_engine(
-            config,
-            server_places(config, model_folder),
-            device=trainer.model.device,
-            policy_version=trainer.version,
-            reference=score,
-            tokenizer=tokenizer,
-            samplings={
-                "generator.sampling_params": sampling_params(config.generator.sampling_params),
-                "generator.eval_sampling_params": sampling_params(config.generator.eval_sampling_params),
-            },
-            by_user=by_user,
-        )
+    return await build_server_engine(
+        config,
+        server_places(config, model_folder),
+        device=None if trainer is None else trainer.model.device,
+        policy_version=0 if trainer is None else trainer.version,
+        reference=None if trainer is None else score,
+        tokenizer=tokenizer,
+        samplings={
+            "generator.sampling_params": sampling_params(config.generator.sampling_params),
+            "generator.eval_sampling_params": sampling_params(config.generator.eval_sampling_params),
+        },
+        by_user=by_user,
     )
 
 

@@ -37,6 +37,7 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
     import torch
 
     from skyrl_train.data.stream import eval_prompts
+    from skyrl_train.engines.base import Engine
     from skyrl_train.entrypoints.build import device_of, engine_over
     from skyrl_train.entrypoints.build_rollouts import (
         build_agent,
@@ -45,6 +46,7 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
         load_tokenizer,
         sampling_params,
     )
+    from skyrl_train.entrypoints.build_servers import describe_servers
     from skyrl_train.entrypoints.extensions import check_extensions
     from skyrl_train.entrypoints.run import DONE
     from skyrl_train.errors import ConfigError
@@ -63,10 +65,17 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
     data = load_data(config, tokenizer)
     if not data.held_out:
         raise ConfigError("there is nothing to evaluate on: data.val_data is empty")
-    dtype = getattr(torch, keys.policy.model.dtype or "float32")
-    engine = engine_over(load_model(folder, dtype=dtype, device=device_of(config)), config, tokenizer)
+    engine: Engine
+    if config.generator.backend == "embedded":
+        dtype = getattr(torch, keys.policy.model.dtype or "float32")
+        engine = engine_over(load_model(folder, dtype=dtype, device=device_of(config)), config, tokenizer)
+    else:
+        engine = asyncio.run(
+            describe_servers(config, tokenizer, model_folder=folder, by_user=lambda key: loaded.sources[key].by_user)
+        )
 
     async def answers() -> Rollouts:
+        await engine.start()
         sessions = build_sessions(config, engine)
         generate = engine.generate if sessions is None else sessions.generate
         try:

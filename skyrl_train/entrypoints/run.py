@@ -257,7 +257,9 @@ async def _start_engine(config: Config, job: Job, progress: Progress) -> None:
     if config.generator.backend == "embedded":
         await job.engine.start()
         return
-    progress.message(f"starting {job.engine.info.name}; its log is in {config.trainer.run_path}/engines")
+    ours = config.generator.run_engines_locally
+    where = f"its log is in {config.trainer.run_path}/engines" if ours else "somebody else runs it"
+    progress.message(f"{'starting' if ours else 'attaching to'} {job.engine.info.name}; {where}")
     with job.phases("engine_start"):
         await job.engine.start()
     with job.phases("weight_sync"):

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from skyrl_train.errors import ConfigError
+
 
 def engine_python(configured: str | None) -> str:
     """generator.engine_python as a path: symbolic links are kept, they are what makes a virtual environment."""
@@ -23,6 +25,16 @@ def engine_environment(python: str, extra: Mapping[str, str]) -> dict[str, str |
     path = os.environ.get("PATH", os.defpath)
     own = {"PATH": f"{folder}{os.pathsep}{path}"} if folder != Path() else {}
     return {"PYTHONPATH": None, "PYTHONHOME": None, **own, **extra}
+
+
+def engine_api_key(variable: str | None) -> str | None:
+    """generator.engine_api_key_env's value. Raises ConfigError where there is no such variable."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable)
+    if not key:
+        raise ConfigError(f"generator.engine_api_key_env={variable}: no such environment variable, or it is empty")
+    return key
 
 
 def as_process_environment(changes: Mapping[str, str | None]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from skyrl_train.config.model_shape import find_model_folder, read_model_shape
 from skyrl_train.config.plan import engine_arguments
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.server.client import ServerTraits
-from skyrl_train.engines.server.environment import engine_environment, engine_python
+from skyrl_train.engines.server.environment import engine_api_key, engine_environment, engine_python
 from skyrl_train.engines.server.process import LaunchSpec
 from skyrl_train.engines.sglang.client import SGLangClient
 from skyrl_train.engines.sglang.command import command_line
@@ -48,11 +48,18 @@ class SGLangLaunch:
     vocab_size: int | None
     bos_token_id: int | None
 
+    @property
+    def api_key(self) -> str | None:
+        """Set by generator.engine_init_kwargs, if at all."""
+        key = self.arguments.get("admin_api_key") or self.arguments.get("api_key")
+        return None if key is None else str(key)
+
     def client(self, url: str) -> SGLangClient:
         """For the server while it is at `url`: a restart brings it up at another one."""
         return _client(
             url,
             self.traits,
+            api_key=self.api_key,
             arguments=self.arguments,
             expected=self.arguments,
             vocab_size=self.vocab_size,
@@ -109,11 +116,13 @@ class SGLangAttached:
     expected: Mapping[str, Any]
     vocab_size: int | None
     bos_token_id: int | None
+    api_key: str | None
 
     def client(self, url: str) -> SGLangClient:
         return _client(
             url,
             self.traits,
+            api_key=self.api_key,
             arguments=self.found,
             expected=self.expected,
             vocab_size=self.vocab_size,
@@ -126,8 +135,8 @@ async def read_attached(
     config: Config, index: int, url: str, *, vocab_size: int | None = None, bos_token_id: int | None = None
 ) -> SGLangAttached:
     """What runs at `url`. Raises ConfigError where it is no SGLang server, EngineUnavailable where none answers."""
-    name = f"sglang-{index}"
-    wire = Wire(url, name=name, api_key=_api_key(config.generator.engine_init_kwargs))
+    name, api_key = f"sglang-{index}", engine_api_key(config.generator.engine_api_key_env)
+    wire = Wire(url, name=name, api_key=api_key)
     try:
         found: dict[str, Any] = json.loads(await wire.get("/server_info", what=f"{name}: server_info"))
     finally:
@@ -145,6 +154,7 @@ async def read_attached(
         expected=expected,
         vocab_size=vocab_size if vocab_size is not None else _vocab_size(wanted["model_path"]),
         bos_token_id=bos_token_id,
+        api_key=api_key,
     )
 
 
@@ -168,6 +178,7 @@ def _client(
     url: str,
     traits: ServerTraits,
     *,
+    api_key: str | None,
     arguments: Mapping[str, Any],
     expected: Mapping[str, Any],
     vocab_size: int | None,
@@ -180,7 +191,7 @@ def _client(
         vocab_size=vocab_size,
         bos_token_id=bos_token_id,
         context_length=arguments.get("context_length"),
-        api_key=_api_key(arguments),
+        api_key=api_key,
         expected=expected,
         has_metrics=bool(arguments.get("enable_metrics")),
         greedy_only=samples_greedily(arguments),
@@ -203,11 +214,6 @@ def _needed(config: Config, model_path: str | None) -> dict[str, str]:
         # SGLang would turn this off for itself, and one NCCL can't open the memory that the other shares with it then.
         variables["NCCL_CUMEM_ENABLE"] = os.environ.get("NCCL_CUMEM_ENABLE", "-2")
     return variables
-
-
-def _api_key(arguments: Mapping[str, Any]) -> str | None:
-    key = arguments.get("admin_api_key") or arguments.get("api_key")
-    return None if key is None else str(key)
 
 
 def _vocab_size(model_path: str) -> int | None:

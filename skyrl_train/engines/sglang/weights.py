@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import shutil
-import socket
 import tempfile
 import time
 import uuid
@@ -27,13 +26,13 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import torch
 
 from skyrl_train.engines.sglang.weights_calls import JOIN_TIMEOUT_S, UPDATE_TIMEOUT_S, UpdateCalls
 from skyrl_train.engines.sglang.wire import Wire
 from skyrl_train.errors import WeightsTorn, WeightUpdateError
+from skyrl_train.weight_sync.address import own_address
 from skyrl_train.weight_sync.broadcast import GroupBackend, TrainerGroup
 from skyrl_train.weight_sync.buckets import BucketBuffer
 from skyrl_train.weight_sync.channel import WeightChannel
@@ -267,15 +266,3 @@ class SGLangBroadcast(_SGLangChannel):
             release=lambda: self._calls.leave(name),
             deadline_s=self._join_timeout_s,
         )
-
-
-def own_address(url: str) -> str:
-    """This machine's address on the way to `url`. Raises WeightUpdateError."""
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    try:
-        family, _, _, _, target = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect(target)  # sends nothing: it only asks which way the packets would go
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise WeightUpdateError(f"no way from this machine to the server at {url}: {error}") from error

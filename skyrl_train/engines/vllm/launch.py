@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from skyrl_train.config.plan import engine_gpus
 from skyrl_train.engines.server.client import ServerTraits
-from skyrl_train.engines.server.environment import engine_environment, engine_python
+from skyrl_train.engines.server.environment import engine_api_key, engine_environment, engine_python
 from skyrl_train.engines.server.process import LaunchSpec
 from skyrl_train.engines.vllm.answers import Decode
 from skyrl_train.engines.vllm.args import command_line, server_options
@@ -41,6 +41,7 @@ class VLLMLaunch:
     max_adapters: int | None
     vocab_size: int | None
     decode: Decode | None
+    api_key: str | None = None
 
     def client(self, url: str) -> VLLMClient:
         """For the server while it is at `url`: a restart brings it up at another one."""
@@ -53,6 +54,7 @@ class VLLMLaunch:
             max_model_len=self.options.get("max-model-len"),
             max_adapters=self.max_adapters,
             decode=self.decode,
+            api_key=self.api_key,
         )
 
 
@@ -86,6 +88,7 @@ def vllm_launch(
     )
     return VLLMLaunch(
         spec=spec,
+        api_key=None if options.get("api-key") is None else str(options["api-key"]),
         traits=server_traits(name, options, release=installed.release),
         options=options,
         max_adapters=max_adapters(config),
@@ -101,7 +104,8 @@ async def attach_vllm(
     --explain prints, with `inside` of this package on its PYTHONPATH and VLLM_SERVER_DEV_MODE=1. Its client's
     check_identity says what differs. Raises EngineUnavailable when nobody answers there.
     """
-    connection = Connection(url)
+    api_key = engine_api_key(config.generator.engine_api_key_env)
+    connection = Connection(url, api_key=api_key)
     try:
         release = release_of(await connection.get("/version"))
     finally:
@@ -114,6 +118,7 @@ async def attach_vllm(
         max_adapters=max_adapters(config),
         vocab_size=vocab_size,
         decode=decode,
+        api_key=api_key,
     )
 
 

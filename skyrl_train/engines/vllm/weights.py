@@ -22,6 +22,7 @@ import torch
 
 from skyrl_train.engines.vllm.connection import Connection
 from skyrl_train.errors import ConfigError, EngineError, WeightsTorn, WeightUpdateError
+from skyrl_train.weight_sync.address import own_address
 from skyrl_train.weight_sync.broadcast import GroupAddress, GroupBackend, TrainerGroup
 from skyrl_train.weight_sync.buckets import BucketBuffer
 from skyrl_train.weight_sync.cuda_ipc import allocate_shared, handle_bytes
@@ -109,8 +110,10 @@ class UpdateCalls:
 class VLLMChannel:
     """A WeightChannel: `carrier` moves the tensors, this does the rest."""
 
-    def __init__(self, base_url: str, carrier: Carrier, *, timeout_s: float = UPDATE_TIMEOUT_S) -> None:
-        self._http = Connection(base_url)
+    def __init__(
+        self, base_url: str, carrier: Carrier, *, api_key: str | None = None, timeout_s: float = UPDATE_TIMEOUT_S
+    ) -> None:
+        self._http = Connection(base_url, api_key=api_key)
         self._updates = UpdateCalls(self._http, timeout_s=timeout_s)
         self._carrier = carrier
 
@@ -294,6 +297,7 @@ def vllm_channel(
     model_folder: Path,
     disk_root: Path,
     device: torch.device | None = None,
+    api_key: str | None = None,
     timeout_s: float = UPDATE_TIMEOUT_S,
 ) -> VLLMChannel:
     """`kind` is generator.weight_sync_backend; `device` is where the trainer's tensors are. Raises ConfigError."""
@@ -302,14 +306,14 @@ def vllm_channel(
     if kind == "disk":
         carrier = FolderCarrier(WeightFolders(disk_root, model_folder=model_folder))
     elif kind == "gloo":
-        carrier = GroupCarrier("gloo")
+        carrier = GroupCarrier("gloo", host=own_address(url))
     elif kind == "nccl":
-        carrier = GroupCarrier("nccl", device=place)
+        carrier = GroupCarrier("nccl", host=own_address(url), device=place)
     elif kind == "cuda_ipc":
         carrier = SharedCarrier(place)
     else:
         raise ConfigError(f"generator.weight_sync_backend={kind}: vLLM takes disk, gloo, nccl and cuda_ipc")
-    return VLLMChannel(url, carrier, timeout_s=timeout_s)
+    return VLLMChannel(url, carrier, api_key=api_key, timeout_s=timeout_s)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
