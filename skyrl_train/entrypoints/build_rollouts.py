@@ -130,9 +130,7 @@ def build_sessions(config: Config, engine: Engine) -> Sessions | None:
     keys = config.generator.sessions
     if not keys.enabled:
         return None
-    return Sessions(
-        engine, capacity=keys.default_capacity, max_idle=keys.max_pool_size if keys.pool_sessions else 0
-    )
+    return Sessions(engine, capacity=keys.default_capacity, max_idle=keys.max_pool_size if keys.pool_sessions else 0)
 
 
 def build_agent(
