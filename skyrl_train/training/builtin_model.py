@@ -21,6 +21,7 @@ import transformers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
+from skyrl_train.cache import cache_root
 from skyrl_train.data import conversations
 from skyrl_train.environments import arithmetic, calculator
 from skyrl_train.errors import ConfigError
@@ -89,12 +90,6 @@ def prepare_builtin(path: str, *, seed: int, on_progress: warm_start.OnProgress)
                 raise
             # Otherwise another process made the same model meanwhile.
     return folder
-
-
-def cache_root() -> Path:
-    """Where models made here are kept: `SKYRL_TRAIN_CACHE`, or the user's cache folder."""
-    root = os.environ.get("SKYRL_TRAIN_CACHE")
-    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "skyrl_train"
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, *, seed: int) -> Qwen2ForCausalLM:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,13 +9,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from skyrl_train.engines.server.environment import as_process_environment, engine_environment
+from skyrl_train.engines.server.probing import probe
 from skyrl_train.engines.sglang.args import ARGUMENTS
 from skyrl_train.engines.sglang.command import flag_of
 from skyrl_train.errors import ConfigError
 
-PROBE_TIMEOUT_S = 180.0
-"""Importing SGLang takes 4 s from a warm disk and a minute from a cold one."""
 _PROBE = Path(__file__).with_name("probe.py")
 
 
@@ -40,17 +36,11 @@ class InstalledSGLang:
 
 
 def read_installed(python: str, environment: Mapping[str, str] | None = None) -> InstalledSGLang:
-    """Asks the interpreter, once for each state of its file. `environment` is generator.engine_environment.
+    """Asks the interpreter, once for each state of it. `environment` is generator.engine_environment.
 
     Raises ConfigError.
     """
-    try:
-        changed = Path(python).stat().st_mtime_ns
-    except OSError as exc:
-        raise ConfigError(
-            f"generator.engine_python={python} can't be run ({exc.strerror}); name the interpreter that has SGLang"
-        ) from exc
-    return _read(python, changed, tuple(sorted((environment or {}).items())))
+    return _read(python, tuple(sorted((environment or {}).items())))
 
 
 def check_arguments(
@@ -81,28 +71,8 @@ def check_arguments(
 
 
 @lru_cache(maxsize=16)
-def _read(python: str, changed: int, environment: tuple[tuple[str, str], ...]) -> InstalledSGLang:
-    variables = as_process_environment(engine_environment(python, dict(environment)))
-    try:
-        answer = subprocess.run(
-            [python, str(_PROBE)],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT_S,
-            check=False,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise ConfigError(f"generator.engine_python={python}: its SGLang could not be read: {exc}") from exc
-    start = answer.stdout.rfind('{"release"')
-    if answer.returncode or start < 0:
-        last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ConfigError(
-            f"generator.engine_python={python}: SGLang can't be imported there ({last[0]}); install it in that "
-            "environment, or set what it needs in generator.engine_environment"
-        )
-    found = json.loads(answer.stdout[start:])
+def _read(python: str, environment: tuple[tuple[str, str], ...]) -> InstalledSGLang:
+    found = probe(python, dict(environment), package="sglang", title="SGLang", script=_PROBE)
     return InstalledSGLang(
         release=found["release"],
         options={

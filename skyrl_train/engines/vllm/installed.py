@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -11,12 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from skyrl_train.engines.server.environment import as_process_environment, engine_environment
+from skyrl_train.engines.server.probing import probe
 from skyrl_train.engines.vllm.args import ARGUMENTS
 from skyrl_train.errors import ConfigError
 
-PROBE_TIMEOUT_S = 180.0
-"""Importing vLLM takes 6 s from a warm disk and a minute from a cold one."""
 _PROBE = Path(__file__).with_name("probe.py")
 
 
@@ -29,17 +25,11 @@ class InstalledVLLM:
 
 
 def read_installed(python: str, environment: Mapping[str, str] | None = None) -> InstalledVLLM:
-    """Asks the interpreter, once for each state of its file. `environment` is generator.engine_environment.
+    """Asks the interpreter, once for each state of it. `environment` is generator.engine_environment.
 
     Raises ConfigError.
     """
-    try:
-        changed = Path(python).stat().st_mtime_ns
-    except OSError as exc:
-        raise ConfigError(
-            f"generator.engine_python={python} can't be run ({exc.strerror}); name the interpreter that has vLLM"
-        ) from exc
-    return _read(python, changed, tuple(sorted((environment or {}).items())))
+    return _read(python, tuple(sorted((environment or {}).items())))
 
 
 def check_options(
@@ -60,29 +50,8 @@ def check_options(
 
 
 @lru_cache(maxsize=16)
-def _read(python: str, changed: int, environment: tuple[tuple[str, str], ...]) -> InstalledVLLM:
-    try:
-        # As text: a script's own folder comes first on the path, and ours has names that vLLM means otherwise.
-        answer = subprocess.run(
-            [python, "-c", _PROBE.read_text(encoding="utf-8")],
-            capture_output=True,
-            text=True,
-            timeout=PROBE_TIMEOUT_S,
-            check=False,
-            cwd=Path(python).parent,
-            env=as_process_environment(engine_environment(python, dict(environment))),
-            stdin=subprocess.DEVNULL,
-        )
-    except (OSError, subprocess.TimeoutExpired) as exc:
-        raise ConfigError(f"generator.engine_python={python}: its vLLM could not be read: {exc}") from exc
-    start = answer.stdout.rfind('{"release"')
-    if answer.returncode or start < 0:
-        last = answer.stderr.strip().splitlines()[-1:] or ["no message"]
-        raise ConfigError(
-            f"generator.engine_python={python}: vLLM can't be imported there ({last[0]}); install it in that "
-            "environment, or set what it needs in generator.engine_environment"
-        )
-    found = json.loads(answer.stdout[start:])
+def _read(python: str, environment: tuple[tuple[str, str], ...]) -> InstalledVLLM:
+    found = probe(python, dict(environment), package="vllm", title="vLLM", script=_PROBE)
     return InstalledVLLM(
         release=found["release"].partition("+")[0],
         options={name: None if choices is None else tuple(choices) for name, choices in found["options"].items()},
