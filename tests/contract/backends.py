@@ -75,12 +75,15 @@ SETTINGS: dict[str, Setting] = {
             "lora.enabled": True,
             "lora.max_rank": 8,
             "lora.target_modules": ["q_proj", "v_proj"],
-            "lora.max_loras_per_batch": 5,
             "lora.paths": {name: f"{{{name}}}" for name in ADAPTER_SEEDS},
         },
         only=SERVERS,
     ),
-    "ngram": Setting(keys=_speculation("ngram", num_draft_tokens=4), only=SERVERS),
+    "ngram": Setting(
+        keys=_speculation("ngram", num_draft_tokens=4),
+        of={"vllm": {"speculative_decoding.ngram.max_trie_depth": 3}},
+        only=SERVERS,
+    ),
     "standalone": Setting(
         keys=_speculation("standalone", draft_model_path="{draft}", num_draft_tokens=4),
         of={"sglang": _speculation("standalone", num_steps=3, eagle_topk=1)},

@@ -35,13 +35,18 @@ async def test_no_answer_is_of_a_mixture(case: Case) -> None:
         lengths = [3 + number, 40 + number, 130 + number]
         while not stop.is_set():
             for prompt in prompts(*lengths, seed=number):
-                answers.append((prompt, await case.engine.generate(ask(prompt, 40, temperature=1.0))))
+                # Each has a length of its own: answers that all end at once leave nothing for an update to run into.
+                answer = await case.engine.generate(ask(prompt, 150 + 37 * number, temperature=1.0))
+                answers.append((prompt, answer))
 
     async with under_test.serving(both[0]):
         says[under_test.version] = tokens[0]
         asking = [asyncio.create_task(keep_asking(number)) for number in range(6)]
         try:
-            for turn in (1, 0, 1, 0):
+            for number in range(20):
+                if number >= 4 and any(len(answer.versions) > 1 for _, answer in answers):
+                    break
+                turn = 1 - number % 2
                 count = len(answers)
                 await until(lambda count=count: len(answers) >= count + 6)
                 update = under_test.update_to(both[turn])
@@ -54,7 +59,7 @@ async def test_no_answer_is_of_a_mixture(case: Case) -> None:
             await asyncio.gather(*asking)
     seen = set[int]()
     for _, answer in answers:
-        assert len(answer.token_ids) == 40
+        assert answer.finish_reason == "length"
         for span in answer.versions:
             seen.add(span.version)
             made = set(answer.token_ids[span.start : span.end])
