@@ -120,19 +120,19 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(
             name="proof",
             command=f"benchmarks.engines.proof {COMMON} --engine sglang --paths plain,disk",
-            max_s=200,
+            max_s=330,
             small=TINY_PROOF,
         ),
         Part(
             name="job-full",
             command=job("examples/sglang/sglang_full_config_example"),
-            max_s=130,
+            max_s=240,
             small=TINY_JOB,
         ),
         Part(
             name="job-speculative",
             command=job("examples/sglang/sglang_speculative_decoding_example"),
-            max_s=130,
+            max_s=200,
             # On a CPU SGLang's drafts go with greedy sampling alone.
             small=(*TINY_JOB, "--refused", "takes the likeliest token when it speculates"),
         ),
@@ -144,13 +144,13 @@ PARTS: dict[str, tuple[Part, ...]] = {
         Part(
             name="proof",
             command=f"benchmarks.engines.proof {COMMON} --engine vllm --paths plain",
-            max_s=240,
+            max_s=330,
             small=TINY_PROOF,
         ),
         Part(
             name="job",
             command=job("examples/gsm8k/gsm8k_qwen2.5", "--backend vllm --name gsm8k-vllm"),
-            max_s=150,
+            max_s=240,
             small=TINY_JOB,
         ),
         Part(name="sync", command=sync("vllm", ONE_GPU), max_s=200, reserve_s=0, small=TINY_SYNC),
@@ -176,7 +176,7 @@ PARTS: dict[str, tuple[Part, ...]] = {
                 "examples/sglang/sglang_full_config_example",
                 "--name nccl --set trainer.placement.colocate_all=false --set generator.weight_sync_backend={group}",
             ),
-            max_s=140,
+            max_s=220,
             small=TINY_JOB,
         ),
         Part(name="sync", command=sync("sglang", "--paths {group}"), max_s=200, reserve_s=0),
@@ -453,9 +453,14 @@ def collect(work: Path, out: Path) -> None:
         for file in sorted(results.iterdir()):
             if file.is_file():
                 tar.add(file, arcname=file.name)
-    if (results / "servers").is_dir():
+    # Of jobs that were stopped too: what they printed, their rows, their servers' logs.
+    runs = [file for name in ("job.out", "metrics.jsonl", "*.log") for file in (work / "work" / "runs").rglob(name)]
+    if (results / "servers").is_dir() or runs:
         with tarfile.open(out / "servers.tar.gz", "w:gz") as tar:
-            tar.add(results / "servers", arcname="servers")
+            if (results / "servers").is_dir():
+                tar.add(results / "servers", arcname="servers")
+            for file in runs:
+                tar.add(file, arcname=f"runs/{'-'.join(file.relative_to(work / 'work' / 'runs').parts)}")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def run_job(
     timeout_s: float | None = None,
     on_line: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Runs it anew in `run_dir`, which is emptied first. Raises JobFailed."""
+    """Runs it anew in `run_dir`, which is emptied first; what it prints is in `job.out` there. Raises JobFailed."""
     shutil.rmtree(run_dir, ignore_errors=True)
     command = [
         sys.executable,
@@ -67,15 +67,21 @@ def run_job(
     if on_line is not None:
         on_line(" ".join(["$", "python", *command[1:]]))
     start = time.perf_counter()
+    run_dir.mkdir(parents=True)
+    printed = run_dir / "job.out"
     try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=dict(environment), capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        # To a file: whoever is killed while it waits leaves what there was, and a server that outlives the job holds
+        # no pipe that somebody reads to its end.
+        with printed.open("w") as out:
+            done = subprocess.run(
+                command, cwd=ROOT, env=dict(environment), stdout=out, stderr=out, timeout=timeout_s, check=False
+            )
     except subprocess.TimeoutExpired as exc:
-        raise JobFailed(f"not done after {timeout_s:.0f} s") from exc
+        last = printed.read_text().strip().splitlines()[-1:]
+        raise JobFailed(f"not done after {timeout_s:.0f} s; it printed last: {' '.join(last)}") from exc
     wall_s = time.perf_counter() - start
     if done.returncode != 0:
-        raise JobFailed(f"exit code {done.returncode}: {(done.stderr or done.stdout)[-2000:]}")
+        raise JobFailed(f"exit code {done.returncode}: {printed.read_text()[-2000:]}")
     return Outcome(rows=read_metrics(run_dir / "metrics.jsonl"), wall_s=wall_s)
 
 
