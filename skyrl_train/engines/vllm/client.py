@@ -42,7 +42,7 @@ class VLLMClient:
 
     `model` is the served name of the base model. `max_adapters` bounds what may be loaded at once: one less than
     the server's --max-loras where its last slot must stay empty. `decode` turns ids into text with special tokens
-    kept; it is needed with speculation and stop strings.
+    kept; it is needed with speculation and stop strings. `greedy_only` refuses all other sampling.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class VLLMClient:
         max_model_len: int | None = None,
         max_adapters: int | None = None,
         decode: Decode | None = None,
+        greedy_only: bool = False,
         api_key: str | None = None,
     ) -> None:
         self.http = Connection(base_url, api_key=api_key)
@@ -64,6 +65,7 @@ class VLLMClient:
         self._max_model_len = max_model_len
         self._max_adapters = max_adapters
         self._decode = decode
+        self._greedy_only = greedy_only
         self._folders = AdapterFolders()
 
     @property
@@ -110,6 +112,7 @@ class VLLMClient:
             vocab_size=self._vocab_size,
             max_model_len=self._max_model_len,
             by_priority="priority" in self._traits.capabilities,
+            greedy_only=self._greedy_only,
         )
 
     async def abort(self, wire_ids: Sequence[str]) -> None:
@@ -226,7 +229,7 @@ class VLLMClient:
             "model": self.model,
             "prompt": list(token_ids),
             "max_tokens": 1,
-            "temperature": 1.0,
+            "temperature": 0,
             "prompt_logprobs": 0,
             "return_token_ids": True,
         }
@@ -269,7 +272,7 @@ class VLLMClient:
         """
         if (await self.http.get("/is_paused"))["is_paused"]:
             return
-        body = {"model": self.model, "prompt": [0], "max_tokens": 1, "logprobs": 0, "return_token_ids": True}
+        body = {"model": self.model, "prompt": [0], "max_tokens": 1, "temperature": 0, "logprobs": 0}
         await self.http.post("/v1/completions", body, timeout_s=WARM_UP_TIMEOUT_S)
 
     async def _empty_slots(self) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from skyrl_train.cache import cache_root
 from skyrl_train.config.plan import engine_gpus
 from skyrl_train.engines.server.client import ServerTraits
 from skyrl_train.engines.server.environment import engine_api_key, engine_environment, engine_python
@@ -19,7 +20,7 @@ from skyrl_train.engines.vllm.client import VLLMClient, release_of
 from skyrl_train.engines.vllm.connection import Connection
 from skyrl_train.engines.vllm.derived import max_adapters
 from skyrl_train.engines.vllm.installed import check_options, read_installed
-from skyrl_train.engines.vllm.traits import server_traits
+from skyrl_train.engines.vllm.traits import server_traits, verifies_greedy_only
 from skyrl_train.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class VLLMLaunch:
     max_adapters: int | None
     vocab_size: int | None
     decode: Decode | None
+    greedy_only: bool
     api_key: str | None = None
 
     def client(self, url: str) -> VLLMClient:
@@ -54,6 +56,7 @@ class VLLMLaunch:
             max_model_len=self.options.get("max-model-len"),
             max_adapters=self.max_adapters,
             decode=self.decode,
+            greedy_only=self.greedy_only,
             api_key=self.api_key,
         )
 
@@ -94,6 +97,7 @@ def vllm_launch(
         max_adapters=max_adapters(config),
         vocab_size=vocab_size,
         decode=decode,
+        greedy_only=verifies_greedy_only(options, on_cpu=not config.trainer.placement.policy_num_gpus_per_node),
     )
 
 
@@ -118,6 +122,7 @@ async def attach_vllm(
         max_adapters=max_adapters(config),
         vocab_size=vocab_size,
         decode=decode,
+        greedy_only=verifies_greedy_only(options, on_cpu=not config.trainer.placement.policy_num_gpus_per_node),
         api_key=api_key,
     )
 
@@ -128,7 +133,7 @@ def server_environment(
     """What differs from our own environment; generator.engine_environment wins. Raises ConfigError."""
     extra = dict(config.generator.engine_environment)
     on_cpu = not config.trainer.placement.policy_num_gpus_per_node
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl_train" / f"vllm-{release}"
+    cache = cache_root() / f"vllm-{release}"
     own: dict[str, str] = {
         "VLLM_SERVER_DEV_MODE": "1",  # pause, weight update, prefix cache, sleep
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",

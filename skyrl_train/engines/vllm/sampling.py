@@ -25,14 +25,27 @@ def engine_request_id(wire_id: str) -> str:
 
 
 def completion_body(
-    attempt: Attempt, *, model: str, vocab_size: int | None, max_model_len: int | None, by_priority: bool
+    attempt: Attempt,
+    *,
+    model: str,
+    vocab_size: int | None,
+    max_model_len: int | None,
+    by_priority: bool,
+    greedy_only: bool = False,
 ) -> dict[str, Any]:
     """Raises RequestRejected for what vLLM would cut, change or die of without a word.
 
     `model` is the served name of the base model; an adapter is a model of its own. `by_priority`: the server
-    schedules by priority; elsewhere it refuses any but 0, and the field is left out.
+    schedules by priority; elsewhere it refuses any but 0, and the field is left out. `greedy_only`: see
+    traits.verifies_greedy_only.
     """
     sampling = attempt.sampling
+    if greedy_only and sampling.temperature > 0:
+        raise RequestRejected(
+            f"request {attempt.wire_id}: temperature {sampling.temperature} with speculation on a CPU: vLLM verifies "
+            "drafts there at a temperature that it never set, so the answer would be of no known distribution; use "
+            "temperature 0, or turn generator.speculative_decoding.enabled off"
+        )
     _check(attempt, vocab_size=vocab_size, max_model_len=max_model_len)
     return {
         "model": attempt.adapter or model,

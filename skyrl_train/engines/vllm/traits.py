@@ -43,3 +43,10 @@ def server_traits(name: str, options: Mapping[str, Any], *, release: str) -> Ser
         capabilities.add("sleep")
     space: LogprobSpace = "sampled" if options.get("logprobs-mode") == PROCESSED_LOGPROBS else "raw"
     return ServerTraits(name=name, release=release, logprob_space=space, capabilities=frozenset(capabilities))
+
+
+def verifies_greedy_only(options: Mapping[str, Any], *, on_cpu: bool) -> bool:
+    """Whether sampled drafts can't be verified. In 0.32 the CPU's stand-in for the kernel that spreads temperatures
+    over draft tokens writes into a copy, and the sampler reads memory that nobody set; greedy drafts don't need it.
+    """
+    return on_cpu and bool(options.get("speculative-config"))

@@ -15,7 +15,7 @@ from skyrl_train.engines.vllm.args import ARGUMENTS, server_options
 from skyrl_train.engines.vllm.derived import max_adapters
 from skyrl_train.engines.vllm.installed import InstalledVLLM, check_options, read_installed
 from skyrl_train.engines.vllm.launch import RECEIVER_FOLDER, server_environment, vllm_launch
-from skyrl_train.engines.vllm.traits import server_traits
+from skyrl_train.engines.vllm.traits import server_traits, verifies_greedy_only
 from skyrl_train.errors import ConfigError
 from tests.tiny import make_model
 
@@ -159,6 +159,12 @@ def test_speculation_in_vllms_words() -> None:
     }
     with pytest.raises(ConfigError, match="vLLM has no default for it"):
         config_of("generator.speculative_decoding.enabled=true")
+
+
+def test_drafts_are_verified_greedily_alone_on_a_cpu() -> None:
+    assert verifies_greedy_only(server_options(config_of(*SPECULATION)), on_cpu=True)
+    assert not verifies_greedy_only(server_options(config_of(*SPECULATION, *GPU)), on_cpu=False)
+    assert not verifies_greedy_only(server_options(config_of()), on_cpu=True)
 
 
 def test_our_own_paths_do_not_reach_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

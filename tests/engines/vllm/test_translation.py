@@ -69,6 +69,20 @@ def test_a_temperature_that_vllm_would_raise_is_refused() -> None:
     assert body(temperature=0.0)["temperature"] == 0.0
 
 
+def test_sampled_drafts_are_refused_where_they_are_verified_wrongly() -> None:
+    def greedy_only(temperature: float) -> dict[str, Any]:
+        attempt = Attempt(
+            wire_id="r", token_ids=(1,), sampling=SamplingParams(max_new_tokens=1, temperature=temperature)
+        )
+        return completion_body(
+            attempt, model="policy", vocab_size=10, max_model_len=8, by_priority=False, greedy_only=True
+        )
+
+    assert greedy_only(0.0)["temperature"] == 0.0
+    with pytest.raises(RequestRejected, match=r"temperature 1\.0 with speculation on a CPU"):
+        greedy_only(1.0)
+
+
 def test_the_engines_own_name_of_a_request() -> None:
     assert engine_request_id("r-7") == "cmpl-r-7-0"
 
