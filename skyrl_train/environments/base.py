@@ -13,12 +13,12 @@ on the event loop (rollout/hosted_environment.py says more).
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NotRequired, Protocol, TypedDict, cast
 
 from skyrl_train.errors import ConfigError
+from skyrl_train.extension import load_object
 from skyrl_train.types import Message
 
 
@@ -108,7 +108,8 @@ def find_environment(name: str, settings: Mapping[str, Any] | None = None) -> En
             f"environment {name!r} is not known. Known: {known}. "
             "For your own, give its dotted path: my_package.my_module:MyEnv"
         )
-    factory = cast(EnvironmentFactory, load_object(path, wanted=f"environment {name!r}"))
+    found = path if callable(path) else load_object(path, wanted=f"environment {name!r}: class")
+    factory = cast(EnvironmentFactory, found)
     if settings is None and not kwargs and name not in OWN_SETTINGS:
         return factory
     return ConfiguredEnvironment(factory=factory, settings=_env_config(name, settings or {}), kwargs=kwargs)
@@ -127,19 +128,3 @@ def _env_config(name: str, settings: Mapping[str, Any]) -> Any:
             f"environment.env_config.{name}.{unknown[0]}: no such setting; there is {', '.join(sorted(known))}"
         )
     return kind(**settings)
-
-
-def load_object(path: Any, *, wanted: str) -> Any:
-    """`package.module:Name` or `package.module.Name` -> the object; a callable is returned as it is."""
-    if callable(path):
-        return cast(Any, path)
-    module_name, separator, attribute = path.partition(":")
-    if not separator:
-        module_name, _, attribute = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as exc:
-        raise ConfigError(f"{wanted}: module {module_name!r} can't be imported: {exc}") from exc
-    if not hasattr(module, attribute):
-        raise ConfigError(f"{wanted}: module {module_name!r} has no {attribute!r}")
-    return getattr(module, attribute)
