@@ -7,6 +7,8 @@ the old weights, so the traits say `reports_versions=False` and the engine ends 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -96,13 +98,20 @@ class VLLMClient:
                 f"{self._max_model_len}; start it with --max-model-len {self._max_model_len}"
             )
         await self._check_development_mode()
+        await self._warm_up()
 
     def check(self, attempt: Attempt) -> None:
         self._body(attempt)
 
     async def generate(self, attempt: Attempt) -> AttemptResult:
         assert attempt.session is None, f"request {attempt.wire_id} names a session, vLLM keeps none"
-        answer = await self.http.post("/v1/completions", self._body(attempt), timeout_s=None)
+        body = self._body(attempt)
+        try:
+            answer = await self.http.post("/v1/completions", body, timeout_s=None, pooled=True)
+        except asyncio.CancelledError:
+            # A closed connection ends the request too, but a busy server may notice it at the answer's end only.
+            await asyncio.shield(self._end(attempt.wire_id))
+            raise
         return attempt_result(answer, wire_id=attempt.wire_id, decode=self._decode)
 
     def _body(self, attempt: Attempt) -> dict[str, Any]:
@@ -119,6 +128,13 @@ class VLLMClient:
         # An empty list would end every request.
         if wire_ids:
             await self.http.post("/abort_requests", {"request_ids": [engine_request_id(name) for name in wire_ids]})
+
+    async def _end(self, wire_id: str) -> None:
+        """Nobody waits for the answer any more; a server that is gone has no such request."""
+        with contextlib.suppress(EngineError):
+            await self.http.post(
+                "/abort_requests", {"request_ids": [engine_request_id(wire_id)]}, timeout_s=HEALTH_TIMEOUT_S
+            )
 
     async def hold(self) -> None:
         raise AssertionError("vLLM's requests are ended before an update: their cache is of the old weights")

@@ -95,9 +95,10 @@ def assert_of(model: PreTrainedModel, result: AttemptResult, prompt: Sequence[in
     torch.testing.assert_close(torch.tensor(result.logprobs), expected, rtol=0, atol=LIMIT)
 
 
-async def until_running(live: Live, count: int = 1) -> None:
+async def until_idle(live: Live) -> None:
     for _ in range(500):
-        if (await live.client.figures()).num_running >= count:
+        figures = await live.client.figures()
+        if figures.num_running == figures.num_waiting == 0:
             return
         await asyncio.sleep(0.02)
-    raise AssertionError(f"no {count} requests run after 10 s")
+    raise AssertionError("requests still run after 10 s")

@@ -33,13 +33,14 @@ from tests.engines.vllm.live import (
     greedy,
     logits_of,
     started,
-    until_running,
+    until_idle,
 )
 from tests.tiny import EOS_ID, VOCAB_SIZE, make_tokenizer
 
 pytestmark = [pytest.mark.engines, pytest.mark.asyncio(loop_scope="module"), pytest.mark.timeout(600)]
 
 NUM_SLOTS = 3
+NUM_SEATS = 8
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -146,22 +147,28 @@ async def test_a_long_prefix_is_found_again(live: Live) -> None:
 
 
 async def test_aborted_attempts_return_what_they_have(live: Live) -> None:
+    """The server alone decides how far it got: other moments are tried until one is in the middle."""
     long = greedy(CONTEXT - len(PROMPT))
-    running = [asyncio.ensure_future(ask(live, long, wire_id=f"long-{i}")) for i in range(2)]
-    await until_running(live, 2)
-    with pytest.raises(RequestRejected, match="requests still run"):
-        await live.client.flush_cache()
-    await live.client.abort(["long-0", "never-sent"])
-    result = await running[0]
-    assert result.finish_reason == "abort" and 0 < len(result.token_ids) == len(result.logprobs)
-    assert not running[1].done()
-    running[1].cancel()
-    await asyncio.gather(running[1], return_exceptions=True)
-    for _ in range(500):
-        if (await live.client.figures()).num_running == 0:
+    for number, moment in enumerate((0.05, 0.2, 0.5, 1.0, 2.0)):
+        running = asyncio.ensure_future(ask(live, long, wire_id=f"long-{number}"))
+        await asyncio.sleep(moment)
+        await live.client.abort([f"long-{number}", "never-sent"])
+        result = await running
+        if result.finish_reason == "abort" and result.token_ids:
             break
-        await asyncio.sleep(0.02)
-    assert (await live.client.figures()).num_running == 0, "a cancelled request goes on in the server"
+    assert result.finish_reason == "abort"
+    assert 0 < len(result.token_ids) == len(result.logprobs) < CONTEXT - len(PROMPT)
+    assert_of(live.models[0], result)
+
+
+async def test_cancelling_the_caller_ends_the_request_in_the_server(live: Live) -> None:
+    before = (await live.client.figures()).num_generated_tokens_total
+    running = asyncio.ensure_future(ask(live, greedy(CONTEXT - len(PROMPT))))
+    await asyncio.sleep(0.1)
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await until_idle(live)
+    assert (await live.client.figures()).num_generated_tokens_total - before < CONTEXT - len(PROMPT)
 
 
 async def test_a_halted_server_starts_nothing_until_it_is_released(live: Live) -> None:
@@ -189,18 +196,20 @@ async def test_scores_are_the_models_also_while_halted(live: Live) -> None:
 
 
 async def test_higher_priority_is_served_first(live: Live) -> None:
-    """All seats are taken; of those that wait, the last sent but most important comes first."""
-    seats = [asyncio.ensure_future(ask(live, greedy(600))) for _ in range(8)]
-    await until_running(live, 8)
+    """More wait than have seats when the server goes on; the last to come are the most important."""
     order: list[int] = []
 
     async def wait_in_line(priority: int) -> None:
-        await ask(live, greedy(2), priority=priority)
+        await ask(live, greedy(100), priority=priority)
         order.append(priority)
 
-    line = [asyncio.ensure_future(wait_in_line(priority)) for priority in (1, 2, 3)]
-    await asyncio.gather(*seats, *line)
-    assert order.index(3) < order.index(1)
+    await live.client.halt()
+    line = [asyncio.ensure_future(wait_in_line(priority)) for priority in (*[0] * NUM_SEATS, 5, 6, 7)]
+    await asyncio.sleep(0.5)
+    assert order == []
+    await live.client.release()
+    await asyncio.gather(*line)
+    assert order[-3:] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
