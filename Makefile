@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow test-gpu test-engines engines check format clean
+.PHONY: setup quickstart test test-slow test-gpu test-engines test-engines-slow engines capabilities check format clean
 
 setup: .venv/ready
 
@@ -26,7 +26,16 @@ engines:  # real SGLang and vLLM for the CPU, into .engines: 4 minutes, 6 GB, ne
 
 test-engines: .venv/ready  # against the real servers; SKYRL_SGLANG_PYTHON and SKYRL_VLLM_PYTHON name others
 	$(PYTHON) scripts/engines/install.py --unless-named
-	SKYRL_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -q -m engines
+	SKYRL_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -q -m "(engines or contract) and not slow"
+
+test-engines-slow: .venv/ready  # the whole quickstart on each of them: 20 minutes
+	$(PYTHON) scripts/engines/install.py --unless-named
+	SKYRL_REQUIRE_ENGINES=1 $(BIN)/python -m pytest -q -m "engines and slow"
+
+capabilities: .venv/ready  # what each engine can do, anew: the suite's record and the table in docs/BACKEND_SELECTION.md
+	$(PYTHON) scripts/engines/install.py --unless-named
+	SKYRL_REQUIRE_ENGINES=1 SKYRL_WRITE_CAPABILITIES=1 $(BIN)/python -m pytest -q tests/contract
+	$(BIN)/python scripts/capability_table.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

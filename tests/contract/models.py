@@ -38,7 +38,7 @@ def constant(token_id: int, *, direction: int, seed: int = 0) -> PreTrainedModel
     _keep_direction(model, direction, 1000.0)
     head = model.lm_head.weight
     head.zero_()
-    head[token_id, direction] = 2.0
+    head[token_id, direction] = 5.0
     return model
 
 
