@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 
 from skyrl_train.loop import Job, evaluate, finish_step
+from skyrl_train.observability.tracing import span
 from skyrl_train.rollout.groups import Rollouts
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.experience import Experience
@@ -57,43 +58,44 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
         job.log.flush(0, await evaluate(job, 0))
     try:
         while step < total and not job.stop.is_set():
-            began = perf_counter()
-            await pipeline.advance(step, at_most=_batches_left(job, total - step))
-            staleness: list[int] = []
+            with span("step", step=step + 1):
+                began = perf_counter()
+                await pipeline.advance(step, at_most=_batches_left(job, total - step))
+                staleness: list[int] = []
 
-            def next_batch(completed: int = step, staleness: list[int] = staleness) -> list[Prompt]:
-                prompts = pipeline.next_batch(completed)
-                staleness.append(pipeline.staleness(prompts, completed))
-                return prompts
+                def next_batch(completed: int = step, staleness: list[int] = staleness) -> list[Prompt]:
+                    prompts = pipeline.next_batch(completed)
+                    staleness.append(pipeline.staleness(prompts, completed))
+                    return prompts
 
-            with phases("rollout"):
-                selected = await job.selection.draw(pipeline.roll_out, next_batch)
-                if job.watch is not None:
-                    await job.watch.look()
-            step += 1
-            with phases("train"):
-                experience, metrics = await _learn(run, selected.groups)
-            update = job.policy.export_weights()
-            with phases("prepare_weights"):
-                await job.engine.prepare_weights(update)
-            with phases("landing"):
-                if run.deterministic:
-                    await pipeline.next_is_complete()
-                await pipeline.gate.shut()
-                await pipeline.gate.rest()
-            with phases("weight_sync"):
-                await sync_weights(job.engine, update)
-            rollouts = selected.rollouts
-            metrics |= rollouts.metrics() | selected.metrics | experience.metrics
-            metrics |= _version_lag(rollouts, int(metrics["policy/version"]))
-            metrics |= {
-                "async/staleness_steps": max(staleness),
-                "async/batches_ahead": pipeline.num_ahead,
-                "async/num_parked_requests": pipeline.gate.num_parked,
-                "async/num_resampled_total": pipeline.gate.num_resampled_total,
-                "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
-            }
-            await finish_step(job, step, rollouts, experience, metrics)
+                with phases("rollout"):
+                    selected = await job.selection.draw(pipeline.roll_out, next_batch)
+                    if job.watch is not None:
+                        await job.watch.look()
+                step += 1
+                with phases("train"):
+                    experience, metrics = await _learn(run, selected.groups)
+                update = job.policy.export_weights()
+                with phases("prepare_weights"):
+                    await job.engine.prepare_weights(update)
+                with phases("landing"):
+                    if run.deterministic:
+                        await pipeline.next_is_complete()
+                    await pipeline.gate.shut()
+                    await pipeline.gate.rest()
+                with phases("weight_sync"):
+                    await sync_weights(job.engine, update)
+                rollouts = selected.rollouts
+                metrics |= rollouts.metrics() | selected.metrics | experience.metrics
+                metrics |= _version_lag(rollouts, int(metrics["policy/version"]))
+                metrics |= {
+                    "async/staleness_steps": max(staleness),
+                    "async/batches_ahead": pipeline.num_ahead,
+                    "async/num_parked_requests": pipeline.gate.num_parked,
+                    "async/num_resampled_total": pipeline.gate.num_resampled_total,
+                    "throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / (perf_counter() - began),
+                }
+                await finish_step(job, step, rollouts, experience, metrics)
     finally:
         await pipeline.close()
     return step

@@ -21,6 +21,7 @@ from skyrl_train.data.stream import PromptStream
 from skyrl_train.engines.base import Engine
 from skyrl_train.observability.engine_watch import EngineWatch
 from skyrl_train.observability.phases import PhaseTimer
+from skyrl_train.observability.tracing import span
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import Rollouts, run_groups
 from skyrl_train.rollout.pass_at_k import pass_at_k_metrics
@@ -123,29 +124,35 @@ class Job:
 
 async def train(job: Job, *, first_step: int = 0) -> int:
     """Runs the steps after `first_step` to the end or until `job.stop`; returns the last complete step."""
-    phases, step = job.phases, first_step
+    step = first_step
     if step == 0 and job.schedule.evaluate_first and job.schedule.evaluate_every > 0:
         job.log.flush(0, await evaluate(job, 0))
     while step < job.schedule.total_steps and not job.stop.is_set():
         step += 1
-        with phases("rollout"):
-            selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
-            rollouts = selected.rollouts
-            if job.watch is not None:
-                await job.watch.look()
-        if job.turns is not None:
-            with phases("engine_sleep"):
-                await job.turns.to_trainer(job.engine)
-        with phases("advantages"):
-            experience = job.experience(selected.groups)
-        with phases("train"):
-            metrics = job.policy.update(experience)
-        with phases("weight_sync"):
-            await sync_weights(job.engine, job.policy.export_weights(), turns=job.turns)
-        metrics |= rollouts.metrics() | selected.metrics | experience.metrics
-        metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
-        await finish_step(job, step, rollouts, experience, metrics)
+        with span("step", step=step):
+            await _train_step(job, step)
     return step
+
+
+async def _train_step(job: Job, step: int) -> None:
+    phases = job.phases
+    with phases("rollout"):
+        selected = await job.selection.draw(partial(roll_out, job), job.prompts.next_batch)
+        rollouts = selected.rollouts
+        if job.watch is not None:
+            await job.watch.look()
+    if job.turns is not None:
+        with phases("engine_sleep"):
+            await job.turns.to_trainer(job.engine)
+    with phases("advantages"):
+        experience = job.experience(selected.groups)
+    with phases("train"):
+        metrics = job.policy.update(experience)
+    with phases("weight_sync"):
+        await sync_weights(job.engine, job.policy.export_weights(), turns=job.turns)
+    metrics |= rollouts.metrics() | selected.metrics | experience.metrics
+    metrics |= {"throughput/rollout_tokens_per_s": metrics["rollout/num_tokens"] / phases.seconds("rollout")}
+    await finish_step(job, step, rollouts, experience, metrics)
 
 
 async def finish_step(

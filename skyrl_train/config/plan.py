@@ -13,7 +13,7 @@ from skyrl_train.config.placement import GpuCount, count_gpus, gpus_per_engine, 
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.server.environment import engine_python
 from skyrl_train.engines.sglang.command import command_line as sglang_command
-from skyrl_train.engines.sglang.command import server_arguments
+from skyrl_train.engines.sglang.command import own_folders, server_arguments
 from skyrl_train.engines.vllm.args import command_line as vllm_command
 
 ADAM_BYTES = 8
@@ -105,6 +105,8 @@ def engine_commands(config: Config, *, release: str) -> list[list[str]]:
 def engine_arguments(config: Config, index: int, *, release: str) -> dict[str, Any]:
     """SGLang's ServerArgs of engine `index`, as it is started and as --explain shows it."""
     arguments = server_arguments(config, release=release)
+    if config.generator.num_inference_engines > 1:
+        arguments = own_folders(arguments, f"sglang-{index}")
     per_engine = gpus_per_engine(config)
     if config.trainer.placement.policy_num_gpus_per_node and per_engine:
         arguments["base_gpu_id"] = _first_gpu(config, index * per_engine)

@@ -20,6 +20,7 @@ from skyrl_train.environments.base import EnvironmentFactory, find_environment
 from skyrl_train.environments.calculator import calculator_rows
 from skyrl_train.environments.reward_function import reward_function
 from skyrl_train.errors import ConfigError
+from skyrl_train.observability.tracing import with_request_spans
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.environment_pool import DEFAULT_WORKERS, EnvironmentPool
 from skyrl_train.rollout.own_agent import own_agent
@@ -147,7 +148,7 @@ def build_agent(
     `generate` is where tokens are asked for: of `engine`, by way of `sessions` if there are any.
     """
     arguments: dict[str, Any] = {
-        "generate": generate,
+        "generate": with_request_spans(generate),
         "tokenizer": tokenizer,
         "environments": data.environments,
         "environment_config": config.environment,

@@ -48,6 +48,7 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.observability.tracing import traced
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
@@ -69,7 +70,9 @@ def run(loaded: LoadedConfig, body: Callable[[LoadedConfig, Path], int] | None =
     disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers' own bars would tear the live view
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        with _only_run_in(run_dir):
+        tracing = loaded.config.generator.metrics.tracing
+        collector = tracing.otlp_endpoint if tracing.enabled else None
+        with _only_run_in(run_dir), traced(collector, run=loaded.config.trainer.run_name):
             return (body or _run)(loaded, run_dir)
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)

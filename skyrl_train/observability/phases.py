@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from skyrl_train.observability.metrics import STEP_SECONDS
+from skyrl_train.observability.tracing import span
 
 
 class PhaseTimer:
@@ -21,7 +22,7 @@ class PhaseTimer:
     A phase that is entered twice in a step counts both times. `step_s` is all time since the last `take`,
     so what it has over the sum of the phases was spent between them. A part of a phase is named with a
     slash (`train/forward`) and is already within the whole. On a GPU this is the host's time: work that is
-    only queued shows in the phase that waits for it.
+    only queued shows in the phase that waits for it. Of a traced run each phase is a span.
     """
 
     def __init__(
@@ -38,7 +39,8 @@ class PhaseTimer:
             self._on_start(name)
         start = self._clock()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._clock() - start
 

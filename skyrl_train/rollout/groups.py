@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from skyrl_train.errors import EnvironmentFailure
+from skyrl_train.observability.tracing import span
 from skyrl_train.rollout.agent import Agent, with_seed
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, Trajectory, TrajectoryId
 
@@ -125,8 +126,19 @@ def group_runs(
         trajectory_id = TrajectoryId(prompt_id=prompt.prompt_id, sample=sample)
         asked = replace(sampling, temperature=0.0) if sample == BASELINE else sampling
         seeded = with_seed(asked, run_seed, trajectory_id)
-        runs.append((trajectory_id, partial(agent.run, trajectory_id, prompt, prompt_token_ids, seeded)))
+        runs.append((trajectory_id, partial(_run, agent, trajectory_id, prompt, prompt_token_ids, seeded)))
     return runs
+
+
+async def _run(
+    agent: Agent,
+    trajectory_id: TrajectoryId,
+    prompt: Prompt,
+    prompt_token_ids: tuple[int, ...],
+    sampling: SamplingParams,
+) -> Trajectory:
+    with span("trajectory", trajectory_id=str(trajectory_id), environment=prompt.environment):
+        return await agent.run(trajectory_id, prompt, prompt_token_ids, sampling)
 
 
 def sort_out(rows: Sequence[tuple[Prompt, Sequence[Trajectory]]], max_failed_frac: float) -> Rollouts:

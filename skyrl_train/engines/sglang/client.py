@@ -29,6 +29,7 @@ from skyrl_train.engines.sglang.sampling import cut_ids, sampling_fields
 from skyrl_train.engines.sglang.submission import Sending, Submission
 from skyrl_train.engines.sglang.wire import Wire
 from skyrl_train.errors import EngineError, EngineUnavailable, RequestRejected, WeightUpdateError
+from skyrl_train.observability.tracing import traceparent
 from skyrl_train.types import AdapterWeights
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,7 @@ class SGLangClient:
             adapter=self._adapter(attempt, what),
             priority=self._priority(attempt),
             session=self._session(attempt, what),
+            traceparent=traceparent(),
             answer=answer,
         )
         if sending.rid in self._in_flight:

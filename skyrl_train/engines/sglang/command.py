@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from operator import attrgetter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from skyrl_train.engines.sglang.args import ARGUMENTS
@@ -75,6 +76,17 @@ def server_arguments(config: Config, *, release: str) -> dict[str, Any]:
     elif placement.colocate_all:
         arguments["enable_memory_saver"] = True
     return arguments | config.generator.engine_init_kwargs
+
+
+def own_folders(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The same with folders of one engine among several: each writes files of one name, and moves them every hour."""
+    own = dict(arguments)
+    if "export_metrics_to_file_dir" in own:
+        own["export_metrics_to_file_dir"] = str(Path(own["export_metrics_to_file_dir"]) / name)
+    if "log_requests_target" in own:
+        targets = own["log_requests_target"]
+        own["log_requests_target"] = [at if at.lower() == "stdout" else str(Path(at) / name) for at in targets]
+    return own
 
 
 def flag_of(field: str) -> str:

@@ -5,8 +5,9 @@
     generate ─┘                             └─ answer of b
 
 For SGLang's HTTP process a request of its own costs more than the work on its tokens. A POST has one priority and one
-session for all its prompts, so only attempts without a session and of one priority share one. A batch that the server
-refuses is sent again one by one: it refuses all for one that it can't serve, before it starts any.
+session for all its prompts, so only attempts without a session and of one priority share one; and one span to go on
+from, so those of a traced run go alone. A batch that the server refuses is sent again one by one: it refuses all for
+one that it can't serve, before it starts any.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Sending:
     adapter: str | None
     priority: int | None
     session: Mapping[str, Any] | None
+    traceparent: str | None = None
     answer: asyncio.Future[Mapping[str, Any]]
 
 
@@ -71,7 +73,7 @@ class Submission:
         for sending in waiting:
             if sending.answer.done():
                 continue
-            if self._batched and sending.session is None:
+            if self._batched and sending.session is None and sending.traceparent is None:
                 groups.setdefault(sending.priority, []).append(sending)
             else:
                 self._start([sending])
@@ -110,7 +112,9 @@ class Submission:
             body["priority"] = sending.priority
         if sending.session is not None:
             body["session_params"] = sending.session
-        text = await self._wire.post("/generate", body, what=sending.what, timeout_s=None)
+        text = await self._wire.post(
+            "/generate", body, what=sending.what, timeout_s=None, traceparent=sending.traceparent
+        )
         if not sending.answer.done():
             sending.answer.set_result(json.loads(text))
 

@@ -35,22 +35,38 @@ class Wire:
             return await response.text()
 
     async def post(
-        self, path: str, body: Mapping[str, Any], *, what: str, timeout_s: float | None = CALL_TIMEOUT_S
+        self,
+        path: str,
+        body: Mapping[str, Any],
+        *,
+        what: str,
+        timeout_s: float | None = CALL_TIMEOUT_S,
+        traceparent: str | None = None,
     ) -> str:
         """The answer's text. `timeout_s` None waits as long as the connection lives."""
         data = json.dumps(body, separators=(",", ":")).encode()
-        async with self.exchange("POST", path, data, what=what, timeout_s=timeout_s) as response:
+        async with self.exchange(
+            "POST", path, data, what=what, timeout_s=timeout_s, traceparent=traceparent
+        ) as response:
             return await response.text()
 
     @asynccontextmanager
     async def exchange(
-        self, method: str, path: str, data: bytes | None, *, what: str, timeout_s: float | None
+        self,
+        method: str,
+        path: str,
+        data: bytes | None,
+        *,
+        what: str,
+        timeout_s: float | None,
+        traceparent: str | None = None,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """An answer of status 200, whose body is still to be read in the same context."""
+        """An answer of status 200, whose body is still to be read in the same context. `traceparent`: our span."""
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        headers = self._headers if traceparent is None else {**self._headers, "traceparent": traceparent}
         try:
             async with self._open().request(
-                method, f"{self.url}{path}", data=data, headers=self._headers, timeout=timeout
+                method, f"{self.url}{path}", data=data, headers=headers, timeout=timeout
             ) as response:
                 if response.status != 200:
                     raise refusal(response.status, message_of(await response.text()), what=what)

@@ -26,6 +26,7 @@ from skyrl_train.engines.vllm.derived import PROCESSED_LOGPROBS
 from skyrl_train.engines.vllm.metrics import figures
 from skyrl_train.engines.vllm.sampling import completion_body, engine_request_id
 from skyrl_train.errors import ConfigError, EngineError, EngineUnavailable, RequestRejected
+from skyrl_train.observability.tracing import traceparent
 from skyrl_train.types import AdapterWeights
 
 HEALTH_TIMEOUT_S = 5.0
@@ -107,7 +108,9 @@ class VLLMClient:
         assert attempt.session is None, f"request {attempt.wire_id} names a session, vLLM keeps none"
         body = self._body(attempt)
         try:
-            answer = await self.http.post("/v1/completions", body, timeout_s=None, pooled=True)
+            answer = await self.http.post(
+                "/v1/completions", body, timeout_s=None, pooled=True, traceparent=traceparent()
+            )
         except asyncio.CancelledError:
             # A closed connection ends the request too, but a busy server may notice it at the answer's end only.
             await asyncio.shield(self._end(attempt.wire_id))

@@ -33,14 +33,15 @@ class Connection:
         *,
         timeout_s: float | None = CALL_TIMEOUT_S,
         pooled: bool = False,
+        traceparent: str | None = None,
     ) -> Any:
         """The answer's JSON, or its text where it isn't JSON. `timeout_s` None waits as long as the server lives.
 
         `pooled` keeps the connection for the next such call. Others get one of their own: vLLM ends a connection after
         an error of its own (500) without saying so, and the call that came next on it would be lost. Raises what
-        `answers.refusal` says for any status but 200, EngineUnavailable when nobody answers.
+        `answers.refusal` says for any status but 200, EngineUnavailable when nobody answers. `traceparent`: our span.
         """
-        return await self._call("POST", path, {} if body is None else body, timeout_s, pooled)
+        return await self._call("POST", path, {} if body is None else body, timeout_s, pooled, traceparent)
 
     async def get(self, path: str, *, timeout_s: float = CALL_TIMEOUT_S) -> Any:
         return await self._call("GET", path, None, timeout_s, False)
@@ -51,12 +52,20 @@ class Connection:
             await session.close()
 
     async def _call(
-        self, method: str, path: str, body: Mapping[str, Any] | None, timeout_s: float | None, pooled: bool
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        timeout_s: float | None,
+        pooled: bool,
+        traceparent: str | None = None,
     ) -> Any:
         what = f"{method} {self.base_url}{path}"
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         data = None if body is None else json.dumps(body).encode()
         headers = {} if data is None else {"Content-Type": "application/json"}
+        if traceparent is not None:
+            headers["traceparent"] = traceparent
         try:
             async with self._open(pooled).request(
                 method, self.base_url + path, data=data, headers=headers, timeout=timeout
