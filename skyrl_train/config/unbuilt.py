@@ -94,12 +94,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     # The embedded engine
     Unbuilt(
-        prefix="generator.sessions",
-        feature="sessions in the embedded engine",
-        instead="leave it out: its prefix cache keeps histories",
-        backends=("embedded",),
-    ),
-    Unbuilt(
         prefix="generator.speculative_decoding",
         feature="speculation in the embedded engine",
         instead="leave it out",

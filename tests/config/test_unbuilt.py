@@ -16,7 +16,6 @@ from skyrl_train.config.unbuilt import UNBUILT
         "trainer.fsdp_config.cpu_offload=true",
         "trainer.placement.policy_num_gpus_per_node=8",
         "generator.enable_http_endpoint=true",
-        "generator.sessions.enabled=true",
         "generator.speculative_decoding.enabled=true",
         "generator.deterministic_inference.enabled=true",
         "generator.lora.enabled=true",

@@ -11,7 +11,7 @@ import torch
 
 from skyrl_train.engines.affinity import Affinity
 from skyrl_train.engines.base import Engine
-from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
+from skyrl_train.engines.embedded import EmbeddedConfig
 from skyrl_train.engines.router import RoutedEngine
 from skyrl_train.errors import ConfigError, EngineUnavailable, RequestRejected, WeightUpdateError
 from skyrl_train.types import Completion, GenerateRequest, NamedWeights, SessionRef, WeightUpdate
@@ -58,13 +58,6 @@ class Link:
         return call
 
 
-class Sessions(SessionEngine):
-    """With all that a router calls."""
-
-    async def clear_session(self, session_id: str) -> None:
-        self.book.clear(session_id)
-
-
 Make = Callable[..., tuple[RoutedEngine, list[Link]]]
 
 
@@ -73,8 +66,15 @@ async def make() -> AsyncIterator[Make]:
     made: list[tuple[RoutedEngine, list[Link]]] = []
 
     def make(count: int = 2, *, sessions: bool = False, versions: Sequence[int] = (), **options: Any) -> Any:
-        engines = [embedded(f"embedded-{i}", policy_version=versions[i] if versions else 0) for i in range(count)]
-        links = [Link(Sessions(engine) if sessions else engine) for engine in engines]
+        engines = [
+            embedded(
+                f"embedded-{i}",
+                policy_version=versions[i] if versions else 0,
+                without=() if sessions else ("sessions",),
+            )
+            for i in range(count)
+        ]
+        links = [Link(engine) for engine in engines]
         made.append((RoutedEngine(links, check_interval_s=0.01, **options), links))
         return made[-1]
 
@@ -85,9 +85,14 @@ async def make() -> AsyncIterator[Make]:
         await router.close()
 
 
-def embedded(name: str, *, seed: int = 0, policy_version: int = 0) -> EmbeddedEngine:
-    return EmbeddedEngine(
-        make_model(seed=seed), make_tokenizer(), config=SETTINGS, name=name, policy_version=policy_version
+def embedded(name: str, *, seed: int = 0, policy_version: int = 0, without: Sequence[str] = ()) -> SessionEngine:
+    return SessionEngine(
+        make_model(seed=seed),
+        make_tokenizer(),
+        config=SETTINGS,
+        name=name,
+        policy_version=policy_version,
+        without=without,
     )
 
 

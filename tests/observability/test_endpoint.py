@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.errors import ConfigError
 from skyrl_train.observability import endpoint as endpoint_module
 from skyrl_train.observability.endpoint import MetricsEndpoint
 from skyrl_train.observability.run_series import RunSeries, series_name
 from skyrl_train.types import GenerateRequest, SamplingParams
-from tests.rollout.session_engine import SessionEngine
 from tests.rollout.test_pipeline import make_engine
 
 ROW = {
@@ -86,7 +86,7 @@ async def test_a_scrape_has_the_runs_series_and_the_engines() -> None:
         await engine.close()
 
 
-class WithItsOwn(SessionEngine):
+class WithItsOwn(EmbeddedEngine):
     """An engine whose server says something of itself."""
 
     OWN = (
@@ -99,7 +99,7 @@ class WithItsOwn(SessionEngine):
 
 
 async def test_what_servers_say_of_themselves_is_passed_on_as_it_is() -> None:
-    engine = WithItsOwn(make_engine())
+    engine = make_engine(WithItsOwn)
     try:
         async with MetricsEndpoint(make_series(), engine) as endpoint:
             text = await asyncio.to_thread(fetch, endpoint.url)

@@ -27,9 +27,9 @@ SAMPLING = SamplingParams(max_new_tokens=40, ignore_eos=True)
 SETTINGS = RolloutSettings(num_samples=3, sampling=SAMPLING, seed=5, max_failed_frac=0.0)
 
 
-def make_engine(**config: Any) -> EmbeddedEngine:
+def make_engine(kind: type[EmbeddedEngine] = EmbeddedEngine, **config: Any) -> EmbeddedEngine:
     settings: dict[str, Any] = {"max_context_len": 256, "max_num_seqs": 64, "kv_cache_tokens": 16384, **config}
-    return EmbeddedEngine(make_model(), make_tokenizer(), config=EmbeddedConfig(**settings))
+    return kind(make_model(), make_tokenizer(), config=EmbeddedConfig(**settings))
 
 
 def make_stream(*, num_rows: int = 20, batch_size: int = 4) -> PromptStream:

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from skyrl_train.engines.embedded.config import EmbeddedConfig
-from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.errors import EngineUnavailable, RequestRejected
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.groups import run_groups
@@ -42,14 +41,14 @@ THREE_TURNS = (says("and then?", reward=0.5), says("more", reward=1.0), {"reward
 CONTEXT = 512
 
 
-def embedded() -> EmbeddedEngine:
+def make_engine(kind: type[SessionEngine] = SessionEngine, **options: Any) -> SessionEngine:
     config = EmbeddedConfig(max_context_len=CONTEXT, max_num_seqs=32, kv_cache_tokens=16384)
-    return EmbeddedEngine(make_model(), make_tokenizer(), config=config)
+    return kind(make_model(), make_tokenizer(), config=config, **options)
 
 
 @asynccontextmanager
 async def engine_with_sessions(**options: Any) -> AsyncIterator[SessionEngine]:
-    engine = SessionEngine(embedded(), **options)
+    engine = make_engine(**options)
     try:
         yield engine
     finally:
@@ -241,7 +240,7 @@ async def test_an_engine_that_fails_one_trajectory_ends_the_others_and_their_ses
         task = asyncio.create_task(roll_out(engine, sessions, count=4))
         while len(engine.sent) < 4:
             await asyncio.sleep(0)
-        await engine.engine.close()
+        await engine.close()
         with pytest.raises(ExceptionGroup) as caught:
             await task
         assert caught.group_contains(EngineUnavailable)
@@ -287,7 +286,7 @@ async def test_an_engine_that_opens_none_gets_whole_prompts_with_one_warning(
     kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = await without(count=3, num_samples=2)
-    engine = Full(embedded()) if kind == "refuses" else SessionEngine(embedded(), capabilities=())
+    engine = make_engine(Full) if kind == "refuses" else make_engine(without=["sessions"])
     try:
         sessions = Sessions(engine, capacity=CONTEXT, max_idle=2)
         with caplog.at_level(logging.WARNING):

@@ -23,6 +23,7 @@ from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
+from skyrl_train.engines.embedded.sessions import EmbeddedSessions
 from skyrl_train.engines.embedded.stops import completed_stop
 from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import derived_seed
@@ -51,6 +52,7 @@ CAPABILITIES: frozenset[Capability] = frozenset(
         "penalties",
         "priority",
         "seed",
+        "sessions",
         "stop_strings",
     }
 )
@@ -99,6 +101,7 @@ class EngineCore:
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
         self.scheduler = Scheduler(config, self._seats, pool)
+        self.sessions = EmbeddedSessions(name, self.scheduler.cache)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
         self._runner = make_runner(inference_model, native, config, layers, pool, self._seats, max_rows)
         self._pending: PendingTokens | None = None
@@ -116,7 +119,10 @@ class EngineCore:
 
     def add(self, request: GenerateRequest) -> RequestState:
         """Queue a request. Raises RequestRejected if it can never be served here."""
-        self._check(request)
+        new_token_ids, came = request.prompt_token_ids, request
+        request = self.sessions.whole(request)
+        self._check(request, new_token_ids)
+        self.sessions.enter(came)
         sampling = request.sampling
         order = self._num_submitted
         self._num_submitted += 1
@@ -133,15 +139,13 @@ class EngineCore:
         self.scheduler.enqueue(state)
         return state
 
-    def _check(self, request: GenerateRequest) -> None:
+    def _check(self, request: GenerateRequest, new_token_ids: tuple[int, ...]) -> None:
         name, rid = self.info.name, request.request_id
         if rid in self._by_id:
             raise RequestRejected(f"request {rid}: engine {name} is serving a request with this id already")
-        if request.session is not None:
-            raise RequestRejected(f"request {rid}: engine {name} has no sessions; send the whole prompt")
         if request.adapter is not None:
             raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}, nor any other")
-        ids = request.prompt_token_ids
+        ids = new_token_ids
         if request.partial is not None:
             ids += request.partial.token_ids
         if min(ids) < 0 or max(ids) >= self._vocab_size:
@@ -165,6 +169,20 @@ class EngineCore:
         settled = self._settle()
         states = [self._by_id[rid] for rid in dict.fromkeys(request_ids) if rid in self._by_id]
         return [*settled, *(self._finish(state, "abort", None) for state in states)]
+
+    def drop(self, request_id: str) -> list[Finished]:
+        """Its caller went away: end it, and let its session forget it. What others got meanwhile."""
+        settled = self._settle()
+        state = self._by_id.get(request_id)
+        if state is not None:
+            self._finish(state, "abort", None, keep=False)
+        return settled
+
+    def close_session(self, session_id: str) -> list[Finished]:
+        """End what runs in it, and forget it; an unknown one is fine."""
+        finished = self.abort(self.sessions.book.running(session_id))
+        self.sessions.close(session_id)
+        return finished
 
     @property
     def has_work(self) -> bool:
@@ -258,13 +276,19 @@ class EngineCore:
                     result[int(seat)] = found
         return result
 
-    def _finish(self, state: RequestState, reason: FinishReason, stop_reason: str | int | None) -> Finished:
+    def _finish(
+        self, state: RequestState, reason: FinishReason, stop_reason: str | int | None, *, keep: bool = True
+    ) -> Finished:
+        """`keep`: its session can go on from it."""
         if state.seat == NO_SEAT:
             self.scheduler.dequeue(state)
+            end = self.scheduler.cache.root
         else:
-            self.scheduler.release(state)
+            end = self.scheduler.release(state)
         del self._by_id[state.request.request_id]
-        return Finished(state=state, completion=to_completion(state, reason, stop_reason))
+        completion = to_completion(state, reason, stop_reason)
+        self.sessions.leave(state.request, completion.token_ids if keep else None, end)
+        return Finished(state=state, completion=completion)
 
     def answer_so_far(self, state: RequestState, begin: int = 0) -> tuple[tuple[int, ...], tuple[float, ...]]:
         """Tokens and log-probabilities of an open request's answer, from token `begin` on."""
@@ -361,11 +385,13 @@ class EngineCore:
             num_retractions_total=scheduler.num_retractions_total,
             num_evicted_tokens_total=scheduler.cache.num_evicted_total,
             num_steps_total=self._num_steps,
+            num_sessions=len(self.sessions),
         )
 
     def check_integrity(self) -> None:
         """Assert that slots, references, seats and queue agree. For tests: it is slow."""
         self.scheduler.check_integrity()
+        self.sessions.check_integrity()
         known = [*self.scheduler.running(), *self.scheduler.waiting()]
         assert len(known) == len(self._by_id)
         assert all(self._by_id[state.request.request_id] is state for state in known)

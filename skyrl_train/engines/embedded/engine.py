@@ -163,7 +163,7 @@ class EmbeddedEngine:
         def drop() -> None:
             if self._callers.get(request_id) is caller:
                 self._forget(request_id)
-                self.core.abort([request_id])
+                self._deliver(self.core.drop(request_id))
 
         if caller.done.cancelled() or not caller.done.done():
             self._driver.post(drop)
@@ -199,13 +199,17 @@ class EmbeddedEngine:
         await self._driver.call(self._guarded(lambda: self.core.update_weights(update)))
 
     async def open_session(self, capacity: int) -> str:
-        raise RequestRejected(f"engine {self.info.name} has no sessions; send whole prompts")
+        def open_one() -> str:
+            self._check_open()
+            return self.core.sessions.open(capacity)
+
+        return await self._driver.call(open_one)
 
     async def clear_session(self, session_id: str) -> None:
-        raise RequestRejected(f"engine {self.info.name} has no sessions; {session_id!r} was never open")
+        await self._driver.call(self._guarded(lambda: self.core.sessions.clear(session_id)))
 
     async def close_session(self, session_id: str) -> None:
-        raise RequestRejected(f"engine {self.info.name} has no sessions; {session_id!r} was never open")
+        await self._driver.call(lambda: self._deliver(self.core.close_session(session_id)))
 
     async def flush_cache(self) -> None:
         await self._driver.call(self.core.flush_cache)

@@ -6,6 +6,9 @@
 A node's slots hold the keys and values of its tokens. `ref_count` counts the running requests whose prefix
 passes through the node; a node with references is never evicted, and neither are its ancestors. Leaves
 without references are evicted, least recently used first, from their end, token by token if need be.
+
+`num_pins` counts the pins whose path passes through the node. A pin asks for its path to be kept: pinned leaves are
+evicted after all others, and only then. What is left of the path keeps the pin, which moves up to where that ends.
 """
 
 from __future__ import annotations
@@ -21,10 +24,19 @@ from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
 Tokens = npt.NDArray[np.int32]
 
 
-class Node:
-    """`tokens` [n] on the edge from `parent`, their `slots` [n]."""
+class Pin:
+    """One path that is to be kept, from the root to `node`."""
 
-    __slots__ = ("children", "last_used", "parent", "ref_count", "serial", "slots", "tokens")
+    __slots__ = ("node",)
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+
+
+class Node:
+    """`tokens` [n] on the edge from `parent`, their `slots` [n]. `pins` are those that end here."""
+
+    __slots__ = ("children", "last_used", "num_pins", "parent", "pins", "ref_count", "serial", "slots", "tokens")
 
     def __init__(self, parent: Node | None, tokens: Tokens, slots: Slots, serial: int) -> None:
         self.parent = parent
@@ -32,12 +44,18 @@ class Node:
         self.slots = slots
         self.children: dict[int, Node] = {}
         self.ref_count = 0
+        self.num_pins = 0
+        self.pins: set[Pin] = set()
         self.last_used = 0
         self.serial = serial
 
+    def age(self) -> tuple[bool, int, int]:
+        """The lowest is evicted first."""
+        return (self.num_pins > 0, self.last_used, self.serial)
+
 
 class RadixCache:
-    """`num_evictable` slots could be freed right now; `num_evicted_total` were, so far."""
+    """`num_evictable` slots could be freed now; `num_evicted_total` were, so far; `num_pinned` are under a pin."""
 
     def __init__(self, pool: KVPool) -> None:
         self._pool = pool
@@ -46,10 +64,12 @@ class RadixCache:
         self.root = Node(None, _EMPTY, _EMPTY, 0)
         self.num_evictable = 0
         self.num_locked = 0
+        self.num_pinned = 0
+        self.num_pins = 0
         self.num_evicted_total = 0
         self.num_flushes_total = 0
         self._num_nodes = 0
-        self._heap: list[tuple[int, int, Node]] = []
+        self._heap: list[tuple[tuple[bool, int, int], Node]] = []
 
     def match(self, tokens: Tokens, below: Node | None = None) -> tuple[Node, Slots]:
         """The deepest node on the path of `tokens` (from the root or `below`), and the slots of what matched.
@@ -83,8 +103,8 @@ class RadixCache:
         self._touch(child)
         return child
 
-    def insert(self, below: Node, tokens: Tokens, slots: Slots) -> None:
-        """Add what follows the prefix that ends at `below`; takes over the slots.
+    def insert(self, below: Node, tokens: Tokens, slots: Slots) -> Node:
+        """Add what follows the prefix that ends at `below`; takes over the slots. The node where it all ends.
 
         Slots of tokens that the tree has already are freed.
         """
@@ -92,9 +112,9 @@ class RadixCache:
         done = len(matched)
         self._pool.free(slots[:done])
         if done < len(tokens):
-            self.extend(node, tokens[done:], slots[done:])
-        else:
-            self._touch(node)
+            return self.extend(node, tokens[done:], slots[done:])
+        self._touch(node)
+        return node
 
     def lock(self, node: Node) -> None:
         """Hold the path from `node` to the root."""
@@ -126,19 +146,46 @@ class RadixCache:
                 self._offer(step)
             step = step.parent
 
+    def pin(self, node: Node) -> Pin:
+        """Ask for the path from `node` to the root to be evicted last."""
+        pin = Pin(node)
+        node.pins.add(pin)
+        self.num_pins += 1
+        step: Node | None = node
+        while step is not None and step.parent is not None:
+            if step.num_pins == 0:
+                self.num_pinned += len(step.tokens)
+            step.num_pins += 1
+            step = step.parent
+        self._offer(node)
+        return pin
+
+    def unpin(self, pin: Pin) -> None:
+        """What is left of its path is evicted in its turn."""
+        pin.node.pins.remove(pin)
+        self.num_pins -= 1
+        step: Node | None = pin.node
+        while step is not None and step.parent is not None:
+            step.num_pins -= 1
+            if step.num_pins == 0:
+                self.num_pinned -= len(step.tokens)
+                self._offer(step)
+            step = step.parent
+
     def evict(self, count: int) -> None:
         """Free exactly `count` slots; at least so many must be evictable."""
         assert count <= self.num_evictable, (count, self.num_evictable)
         self.num_evicted_total += count
         while count > 0:
-            last_used, serial, node = heapq.heappop(self._heap)
+            age, node = heapq.heappop(self._heap)
             alive = node.parent is not None and node.ref_count == 0 and not node.children
-            if not alive or (node.last_used, node.serial) != (last_used, serial):
-                continue  # an older offer of a node that was used, split or evicted since
+            if not alive or node.age() != age:
+                continue  # an older offer of a node that was used, pinned, split or evicted since
             taken = min(count, len(node.tokens))
             keep = len(node.tokens) - taken
             self._pool.free(node.slots[keep:])
             self.num_evictable -= taken
+            self.num_pinned -= taken if node.num_pins else 0
             count -= taken
             if keep:
                 node.tokens, node.slots = node.tokens[:keep], node.slots[:keep]
@@ -147,15 +194,16 @@ class RadixCache:
                 self._drop_leaf(node)
 
     def flush(self) -> None:
-        """Forget everything. No node may be locked."""
+        """Forget everything. No node may be locked. Pins stay, with nothing under them."""
         assert self.num_locked == 0, f"{self.num_locked} tokens are in use"
         for node in self.nodes():
             self._pool.free(node.slots)
             node.parent = None
+            self._move_pins(node, self.root)
         self.root.children.clear()
         self._heap.clear()
         self._num_nodes = 0
-        self.num_evictable = 0
+        self.num_evictable = self.num_pinned = 0
         self.num_flushes_total += 1
 
     def nodes(self) -> Iterator[Node]:
@@ -167,21 +215,28 @@ class RadixCache:
             yield node
 
     def check_integrity(self) -> None:
-        evictable = locked = num_nodes = 0
+        evictable = locked = pinned = num_nodes = 0
+        num_pins = len(self.root.pins)
         for node in self.nodes():
             assert node.parent is not None and node.parent.children[int(node.tokens[0])] is node
             assert len(node.tokens) == len(node.slots) > 0
             assert node.ref_count >= sum(child.ref_count for child in node.children.values()) >= 0
+            assert node.num_pins == len(node.pins) + sum(child.num_pins for child in node.children.values())
+            assert all(pin.node is node for pin in node.pins)
             num_nodes += 1
+            num_pins += len(node.pins)
+            if node.num_pins:
+                pinned += len(node.tokens)
             if node.ref_count:
                 locked += len(node.tokens)
             else:
                 evictable += len(node.tokens)
         assert (evictable, locked, num_nodes) == (self.num_evictable, self.num_locked, self._num_nodes)
-        offers = {(last_used, id(node)) for last_used, _, node in self._heap}
+        assert (pinned, num_pins) == (self.num_pinned, self.num_pins)
+        offers = {(age, id(node)) for age, node in self._heap}
         for node in self.nodes():
             if node.ref_count == 0 and not node.children:
-                assert (node.last_used, id(node)) in offers, "an evictable leaf that eviction would never find"
+                assert (node.age(), id(node)) in offers, "an evictable leaf that eviction would never find"
 
     def _new_node(self, parent: Node | None, tokens: Tokens, slots: Slots) -> Node:
         self._serial += 1
@@ -189,10 +244,10 @@ class RadixCache:
         return Node(parent, tokens, slots, self._serial)
 
     def _split(self, node: Node, at: int) -> Node:
-        """[a b c d] becomes [a b] -- [c d]; returns the upper part. Holders of `node` keep the lower one."""
+        """[a b c d] becomes [a b] -- [c d]; returns the upper part. Holders and pins of `node` keep the lower one."""
         assert node.parent is not None and 0 < at < len(node.tokens)
         upper = self._new_node(node.parent, node.tokens[:at], node.slots[:at])
-        upper.ref_count, upper.last_used = node.ref_count, node.last_used
+        upper.ref_count, upper.num_pins, upper.last_used = node.ref_count, node.num_pins, node.last_used
         node.parent.children[int(node.tokens[0])] = upper
         node.parent, node.tokens, node.slots = upper, node.tokens[at:], node.slots[at:]
         upper.children[int(node.tokens[0])] = node
@@ -209,13 +264,13 @@ class RadixCache:
     def _offer(self, node: Node) -> None:
         """Put an evictable leaf into the queue of victims; offers that went stale are skipped when popped."""
         if node.ref_count == 0 and not node.children and node.parent is not None:
-            heapq.heappush(self._heap, (node.last_used, node.serial, node))
+            heapq.heappush(self._heap, (node.age(), node))
             if len(self._heap) > 4 * self._num_nodes + 64:
                 self._forget_stale_offers()
 
     def _forget_stale_offers(self) -> None:
         leaves = (node for node in self.nodes() if node.ref_count == 0 and not node.children)
-        self._heap = [(node.last_used, node.serial, node) for node in leaves]
+        self._heap = [(node.age(), node) for node in leaves]
         heapq.heapify(self._heap)
 
     def _drop_leaf(self, node: Node) -> None:
@@ -224,7 +279,15 @@ class RadixCache:
         del parent.children[int(node.tokens[0])]
         node.parent = None
         self._num_nodes -= 1
+        self._move_pins(node, parent)
         self._offer(parent)
+
+    def _move_pins(self, node: Node, ancestor: Node) -> None:
+        """Up from a node that is gone; the ancestor has counted them already."""
+        for pin in node.pins:
+            pin.node = ancestor
+        ancestor.pins |= node.pins
+        node.pins.clear()
 
 
 _EMPTY: Slots = np.empty(0, dtype=np.int32)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
-from skyrl_train.engines.embedded.radix_cache import RadixCache
+from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
 from skyrl_train.engines.embedded.request import RequestState, Seats
 from skyrl_train.engines.embedded.waiting import WaitingQueue
 from skyrl_train.errors import RequestRejected
@@ -131,18 +131,20 @@ class Scheduler:
         """Take a queued request out."""
         (self._retracted if state in self._retracted else self._fresh).remove(state)
 
-    def release(self, state: RequestState, *, retract: bool = False) -> None:
-        """Take a running request off its seat; what it computed goes to the cache."""
+    def release(self, state: RequestState, *, retract: bool = False) -> Node:
+        """Take a running request off its seat; what it computed goes to the cache, to the end of the returned node."""
         seats, seat = self.seats, state.seat
         computed, allocated = int(seats.computed[seat]), int(seats.allocated[seat])
         slots, begin, node = seats.slots[seat], state.num_owned_from, state.node
         assert node is not None
         if not self._config.enable_prefix_caching:
             self.pool.free(slots[begin:allocated])
+            end = self.cache.root
         else:
             self.pool.free(slots[computed:allocated])
+            end = node
             if begin < computed:
-                self.cache.insert(node, seats.tokens[seat, begin:computed], slots[begin:computed])
+                end = self.cache.insert(node, seats.tokens[seat, begin:computed], slots[begin:computed])
             self.cache.unlock(node)
         state.node = None
         seats.leave(state)
@@ -152,6 +154,7 @@ class Scheduler:
         if retract:
             self.num_retractions_total += 1
             self.enqueue(state)
+        return end
 
     def retract_all(self) -> None:
         """Send every running request back to the queue: its keys and values belong to weights that are gone."""

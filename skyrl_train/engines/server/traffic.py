@@ -18,7 +18,7 @@ from skyrl_train.engines.base import EngineInfo
 from skyrl_train.engines.server.client import Attempt, AttemptResult, ServerBusy, ServerTraits, WireSession
 from skyrl_train.engines.server.flight import Flight
 from skyrl_train.engines.server.lifeline import Life
-from skyrl_train.engines.server.sessions import Node, SessionBook
+from skyrl_train.engines.session_book import Node, SessionBook
 from skyrl_train.errors import EngineUnavailable, RequestRejected
 from skyrl_train.types import Completion, GenerateRequest
 

@@ -46,7 +46,7 @@ async def test_it_is_an_engine(engine: EmbeddedEngine) -> None:
     as_engine: Engine = engine
     assert as_engine.info.max_context_len == 128
     assert as_engine.info.logprob_space == "temperature"
-    assert "sessions" not in as_engine.info.capabilities
+    assert "sleep" not in as_engine.info.capabilities
     assert (await as_engine.stats()).num_running == 0
 
 
@@ -230,8 +230,8 @@ async def test_a_stream_that_is_left_aborts_its_request(engine: EmbeddedEngine) 
 
 async def test_what_the_engine_cannot_do_is_refused_by_type(engine: EmbeddedEngine) -> None:
     for call in (
-        engine.open_session(100),
-        engine.close_session("s"),
+        engine.open_session(0),
+        engine.clear_session("s"),
         engine.sleep(["weights"]),
         engine.wake(["weights"]),
     ):
@@ -239,7 +239,7 @@ async def test_what_the_engine_cannot_do_is_refused_by_type(engine: EmbeddedEngi
             await call
     params = request("a", (1,)).sampling
     session = SessionRef(session_id="s")
-    with pytest.raises(RequestRejected, match="no sessions"):
+    with pytest.raises(RequestRejected, match="no open session 's'"):
         await engine.generate(GenerateRequest(request_id="a", prompt_token_ids=(1,), sampling=params, session=session))
     with pytest.raises(RequestRejected, match="no adapter 'x'"):
         await engine.generate(GenerateRequest(request_id="b", prompt_token_ids=(1,), sampling=params, adapter="x"))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from skyrl_train.engines.embedded.config import KVShape
 from skyrl_train.engines.embedded.kv_pool import KVPool
-from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
+from skyrl_train.engines.embedded.radix_cache import Node, Pin, RadixCache
 
 
 def make_pool(num_slots: int = 32) -> KVPool:
@@ -94,6 +94,26 @@ def test_a_locked_prefix_survives_eviction_of_everything_else() -> None:
     cache.check_integrity()
 
 
+def test_a_pin_follows_what_is_left_of_its_path() -> None:
+    pool = make_pool()
+    cache = RadixCache(pool)
+    put(cache, pool, tokens(1, 2, 3, 4))
+    put(cache, pool, tokens(1, 2, 9))
+    deep = cache.pin(cache.match(tokens(1, 2, 3, 4))[0])
+    short = cache.pin(cache.match(tokens(1, 2, 3))[0])
+    assert cache.num_pinned == 4
+    cache.evict(2)  # [9] first, then [4]
+    assert len(cache.match(tokens(1, 2, 3, 4))[1]) == 3 and deep.node is short.node
+    cache.check_integrity()
+    cache.unpin(short)
+    assert cache.num_pinned == 3
+    cache.evict(3)
+    assert deep.node is cache.root
+    cache.unpin(deep)
+    cache.check_integrity()
+    assert cache.num_pins == cache.num_pinned == 0 and pool.num_free == 32
+
+
 def test_many_uses_of_one_leaf_do_not_make_the_queue_of_victims_grow() -> None:
     pool = make_pool()
     cache = RadixCache(pool)
@@ -108,7 +128,12 @@ def test_many_uses_of_one_leaf_do_not_make_the_queue_of_victims_grow() -> None:
 
 sequences = st.lists(st.integers(0, 2), min_size=1, max_size=8)
 operations = st.lists(
-    st.tuples(st.sampled_from(["put", "lock", "unlock", "evict", "flush"]), sequences, st.integers(0, 40)), max_size=60
+    st.tuples(
+        st.sampled_from(["put", "put", "lock", "unlock", "pin", "unpin", "evict", "flush"]),
+        sequences,
+        st.integers(0, 40),
+    ),
+    max_size=60,
 )
 
 
@@ -120,6 +145,7 @@ def test_the_tree_agrees_with_a_table_of_prefixes(script: list[tuple[str, list[i
     cache = RadixCache(pool)
     table: dict[tuple[int, ...], int] = {}
     locked: list[tuple[Node, tuple[int, ...]]] = []
+    pinned: list[tuple[Pin, tuple[int, ...]]] = []
     for verb, ids, number in script:
         if verb == "put":
             missing = len(ids) - len(cache.match(tokens(*ids))[1])
@@ -132,10 +158,23 @@ def test_the_tree_agrees_with_a_table_of_prefixes(script: list[tuple[str, list[i
             locked.append((node, tuple(ids[: len(matched)])))
         elif verb == "unlock" and locked:
             cache.unlock(locked.pop(number % len(locked))[0])
+        elif verb == "pin":
+            node, matched = cache.match(tokens(*ids))
+            pinned.append((cache.pin(node), tuple(ids[: len(matched)])))
+        elif verb == "unpin" and pinned:
+            cache.unpin(pinned.pop(number % len(pinned))[0])
         elif verb == "evict":
-            cache.evict(min(number, cache.num_evictable))
+            wanted = {path[: i + 1] for _, path in pinned for i in range(len(path))}
+            others = [n for n in cache.nodes() if not n.num_pins and not n.ref_count]
+            count = min(number, cache.num_evictable)
+            enough = sum(len(n.tokens) for n in others) >= count
+            before = {tuple(path) for path, _ in _paths(cache)}
+            cache.evict(count)
+            if enough:  # then nothing that is pinned went
+                assert wanted & before <= {tuple(path) for path, _ in _paths(cache)}
         elif verb == "flush" and not locked:
             cache.flush()
+            assert cache.num_pinned == 0 and cache.num_pins == len(pinned)
             assert pool.num_free == pool.num_slots
         cache.check_integrity()
         known = {tuple(path): slot for path, slot in _paths(cache)}

@@ -1,11 +1,11 @@
-"""Sessions as trees of token ids: what a request with a parent means, whatever the server knows of it.
+"""Sessions as trees of token ids: what a request with a parent means, whatever the engine keeps of it.
 
     root ── r1 [12 7 3 | 9 2] ── r2 [4 4 | 8]          r2 asks with the tokens 4 4 only;
                              └── r3 [5 | 6 6]          its whole prompt is 12 7 3 9 2 4 4
             new ────┘  └── answer
 
-The engine keeps the tree on this side. So a server that restarts loses nothing, one without sessions gets whole
-prompts, and the capacity holds on all of them.
+An engine over a server keeps the tree on this side: a server that restarts loses nothing, and one without sessions
+gets whole prompts. The embedded engine keeps it beside its prefix cache, and loses nothing when that is flushed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Ids = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
-    """One answered request: `token_ids` are its new tokens and its answer. `wire` names what the server keeps of it:
-    the attempt, and the life of the server that it belongs to; None where the server keeps nothing to continue from.
+    """One answered request: `token_ids` are its new tokens and its answer. `wire` names what a server keeps of it:
+    the attempt, and the life of the server that it belongs to; None where nothing is kept to continue from.
     """
 
     parent: str | None
@@ -29,16 +29,27 @@ class Node:
     wire: tuple[int, str] | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Room:
+    """What a running request may fill."""
+
+    parent: str | None
+    num_tokens: int
+
+
 @dataclass(kw_only=True)
 class _Session:
     capacity: int
     nodes: dict[str, Node] = field(default_factory=dict)
     num_held: int = 0
-    reserved: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, _Room] = field(default_factory=dict)
 
     @property
     def num_taken(self) -> int:
-        return self.num_held + sum(self.reserved.values())
+        return self.num_held + sum(room.num_tokens for room in self.reserved.values())
+
+    def has_children(self, request_id: str) -> bool:
+        return any(child.parent == request_id for child in (*self.nodes.values(), *self.reserved.values()))
 
 
 class SessionBook:
@@ -70,6 +81,16 @@ class SessionBook:
         """Forgets it; an unknown id is fine."""
         self._sessions.pop(session_id, None)
 
+    def running(self, session_id: str) -> tuple[str, ...]:
+        """Requests that have room in it and have not ended. An unknown session has none."""
+        session = self._sessions.get(session_id)
+        return () if session is None else tuple(session.reserved)
+
+    def answered(self, session_id: str) -> tuple[str, ...]:
+        """Requests that can be gone on from. An unknown session has none."""
+        session = self._sessions.get(session_id)
+        return () if session is None else tuple(session.nodes)
+
     def clear(self, session_id: str) -> None:
         """As new. Raises RequestRejected for an unknown session, or while requests run in it."""
         session = self._find(session_id)
@@ -87,6 +108,11 @@ class SessionBook:
         if request_id in session.reserved:
             raise RequestRejected(f"session {ref.session_id}: a request {request_id} runs in it already")
         earlier = session.nodes.get(request_id)
+        if earlier is not None and session.has_children(request_id):
+            raise RequestRejected(
+                f"session {ref.session_id}: other requests go on after {request_id}, so it can't be made again; "
+                "send it under another id"
+            )
         given_back = 0 if earlier is None else len(earlier.token_ids)
         wanted = num_new + max_new_tokens
         if session.num_taken - given_back + wanted > session.capacity:
@@ -98,7 +124,7 @@ class SessionBook:
         if earlier is not None:  # the request is made again: an aborted answer gives way
             session.num_held -= given_back
             del session.nodes[request_id]
-        session.reserved[request_id] = wanted
+        session.reserved[request_id] = _Room(parent=ref.parent_request_id, num_tokens=wanted)
         return before
 
     def path(self, ref: SessionRef) -> Ids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from skyrl_train.engines.server.sessions import Node, SessionBook
+from skyrl_train.engines.session_book import Node, SessionBook
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import SessionRef
 
@@ -75,3 +75,19 @@ def test_a_cleared_session_starts_empty_and_not_under_a_running_request() -> Non
     assert answered(book, session, "c", None, (1,), (2,) * 9) == ()
     with pytest.raises(RequestRejected, match="no answered request 'a'"):
         book.path(SessionRef(session_id=session, parent_request_id="a"))
+
+
+def test_what_others_go_on_after_is_not_made_again() -> None:
+    book = SessionBook("e")
+    session = book.open(100)
+    answered(book, session, "a", None, (1, 2), (3,))
+    ref = SessionRef(session_id=session, parent_request_id="a")
+    book.reserve(ref, "b", 1, 1)
+    with pytest.raises(RequestRejected, match="go on after a, so it can't be made again"):
+        book.reserve(SessionRef(session_id=session), "a", 2, 1)
+    book.settle(ref, "b", Node(parent="a", token_ids=(4, 5)))
+    with pytest.raises(RequestRejected, match="go on after a, so it can't be made again"):
+        book.reserve(SessionRef(session_id=session), "a", 2, 1)
+    book.check_integrity()
+    assert book.answered(session) == ("a", "b") and book.running(session) == ()
+    assert book.answered("unknown") == book.running("unknown") == ()
