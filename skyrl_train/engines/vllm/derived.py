@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +94,9 @@ def _cpu(config: Config, known: Mapping[str, Any], model: str) -> dict[str, Any]
     if "compilation-config" not in known:
         # Compiling takes tens of seconds at each start, and pays for no small model.
         derived["enforce-eager"] = True
+    if (known.get("max-num-batched-tokens") or sys.maxsize) >= (config.generator.max_model_len or sys.maxsize):
+        # Else a seeded request whose prompt two steps share ends the engine: see traits.loses_seeds.
+        derived["enable-chunked-prefill"] = False
     return derived
 
 

@@ -92,12 +92,12 @@ def vllm_launch(
     return VLLMLaunch(
         spec=spec,
         api_key=None if options.get("api-key") is None else str(options["api-key"]),
-        traits=server_traits(name, options, release=installed.release),
+        traits=server_traits(name, options, release=installed.release, on_cpu=_on_cpu(config)),
         options=options,
         max_adapters=max_adapters(config),
         vocab_size=vocab_size,
         decode=decode,
-        greedy_only=verifies_greedy_only(options, on_cpu=not config.trainer.placement.policy_num_gpus_per_node),
+        greedy_only=verifies_greedy_only(options, on_cpu=_on_cpu(config)),
     )
 
 
@@ -117,12 +117,12 @@ async def attach_vllm(
     options = server_options(config)
     return VLLMLaunch(
         spec=None,
-        traits=server_traits(f"vllm-{index}", options, release=release),
+        traits=server_traits(f"vllm-{index}", options, release=release, on_cpu=_on_cpu(config)),
         options=options,
         max_adapters=max_adapters(config),
         vocab_size=vocab_size,
         decode=decode,
-        greedy_only=verifies_greedy_only(options, on_cpu=not config.trainer.placement.policy_num_gpus_per_node),
+        greedy_only=verifies_greedy_only(options, on_cpu=_on_cpu(config)),
         api_key=api_key,
     )
 
@@ -132,7 +132,8 @@ def server_environment(
 ) -> dict[str, str | None]:
     """What differs from our own environment; generator.engine_environment wins. Raises ConfigError."""
     extra = dict(config.generator.engine_environment)
-    on_cpu = not config.trainer.placement.policy_num_gpus_per_node
+    tracing = config.generator.metrics.tracing
+    on_cpu = _on_cpu(config)
     cache = cache_root() / f"vllm-{release}"
     own: dict[str, str] = {
         "VLLM_SERVER_DEV_MODE": "1",  # pause, weight update, prefix cache, sleep
@@ -148,6 +149,8 @@ def server_environment(
     if config.generator.multi_node.nnodes == 1:
         # Its processes talk on this machine alone.
         own |= {"VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    if tracing.enabled:
+        own["OTEL_SERVICE_NAME"] = tracing.service_name or "vllm"
     if on_cpu:
         own["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         if "OMP_NUM_THREADS" not in os.environ:
@@ -159,6 +162,10 @@ def server_environment(
     if on_cpu:
         _need_compiler(environment)
     return environment
+
+
+def _on_cpu(config: Config) -> bool:
+    return not config.trainer.placement.policy_num_gpus_per_node
 
 
 def _visible(gpus: Sequence[int]) -> str:

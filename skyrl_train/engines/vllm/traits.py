@@ -15,7 +15,7 @@ from skyrl_train.engines.server.client import ServerTraits
 from skyrl_train.engines.vllm.derived import PROCESSED_LOGPROBS
 
 
-def server_traits(name: str, options: Mapping[str, Any], *, release: str) -> ServerTraits:
+def server_traits(name: str, options: Mapping[str, Any], *, release: str, on_cpu: bool = False) -> ServerTraits:
     """`options` are those of `vllm serve` by name. Spans of versions exist in 0.32's engine but not in its answers."""
     speculation = options.get("speculative-config")
     capabilities: set[Capability] = {
@@ -32,8 +32,7 @@ def server_traits(name: str, options: Mapping[str, Any], *, release: str) -> Ser
         capabilities.add("speculation")
     else:
         capabilities.add("min_p")
-    if not speculation or speculation.get("method") == "ngram":
-        # With a draft model, equal seeds give different samples.
+    if not loses_seeds(options, on_cpu=on_cpu):
         capabilities.add("seed")
     if options.get("scheduling-policy") == "priority":
         capabilities.add("priority")
@@ -43,6 +42,16 @@ def server_traits(name: str, options: Mapping[str, Any], *, release: str) -> Ser
         capabilities.add("sleep")
     space: LogprobSpace = "sampled" if options.get("logprobs-mode") == PROCESSED_LOGPROBS else "raw"
     return ServerTraits(name=name, release=release, logprob_space=space, capabilities=frozenset(capabilities))
+
+
+def loses_seeds(options: Mapping[str, Any], *, on_cpu: bool) -> bool:
+    """Whether a request must not have a seed. With a draft model, equal seeds give different samples. On a CPU, a
+    seeded request whose prompt is computed in chunks ends the engine (0.26 and 0.32): it rewinds the generator after a
+    chunk, which torch's CPU generators can't.
+    """
+    speculation = options.get("speculative-config") or {"method": "ngram"}
+    drafted = speculation["method"] != "ngram"
+    return drafted or (on_cpu and options.get("enable-chunked-prefill") is not False)
 
 
 def verifies_greedy_only(options: Mapping[str, Any], *, on_cpu: bool) -> bool:

@@ -81,6 +81,17 @@ def test_what_the_user_set_is_not_overridden() -> None:
     assert server_traits("vllm-0", options, release="0.32.0").logprob_space == "raw"
 
 
+def test_prompts_of_seeded_requests_are_whole_on_a_cpu_or_requests_have_no_seed() -> None:
+    options = server_options(config_of())
+    assert options["enable-chunked-prefill"] is False
+    assert "seed" in server_traits("vllm-0", options, release="0.32.0", on_cpu=True).capabilities
+    for key in ("generator.max_num_batched_tokens=64", "+generator.engine_init_kwargs.enable_chunked_prefill=true"):
+        options = server_options(config_of(key, "generator.max_model_len=100"))
+        assert options.get("enable-chunked-prefill") is not False, "such a server refuses to chunk no prompt"
+        assert "seed" not in server_traits("vllm-0", options, release="0.32.0", on_cpu=True).capabilities
+    assert "enable-chunked-prefill" not in server_options(config_of(*GPU)) and "seed" in capabilities(*GPU)
+
+
 def test_a_server_on_gpus_keeps_vllms_own_choices() -> None:
     options = server_options(config_of(*GPU))
     assert options["gpu-memory-utilization"] == 0.6 and options["dtype"] == "bfloat16"
