@@ -6,7 +6,8 @@ One engine is a ServerEngine; several are one RoutedEngine over them. Nothing is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ from skyrl_train.config.schema import Config
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.router import RoutedEngine
 from skyrl_train.engines.server.client import Attempt, ServerClient, ServerTraits
-from skyrl_train.engines.server.engine import ServerEngine, Verify
+from skyrl_train.engines.server.engine import ServerEngine
 from skyrl_train.engines.server.lifeline import HealthPolicy, Lifeline
 from skyrl_train.engines.server.process import ServerProcess
+from skyrl_train.engines.server.weights import Verify
 from skyrl_train.errors import ConfigError, RequestRejected
 from skyrl_train.types import SamplingParams
 from skyrl_train.weight_sync.adapter import check_adapter
@@ -82,7 +84,9 @@ async def build_server_engine(
     )
     for key, sampling in (samplings or {}).items():
         await _check_sampling(key, sampling, servers[0])
-    engines = [_engine(config, server, places, shape, policy_version, reference) for server in servers]
+    # vLLM looks for an answer's end before it looks for an abort.
+    ends = end_token_ids(places.model, tokenizer) if generator.backend == "sglang" else ()
+    engines = [_engine(config, server, places, shape, policy_version, reference, ends) for server in servers]
     return engines[0] if len(engines) == 1 else RoutedEngine(engines)
 
 
@@ -104,6 +108,7 @@ def _engine(
     shape: ModelShape,
     policy_version: int,
     reference: Score | None,
+    ends: Collection[int],
 ) -> ServerEngine:
     generator, name = config.generator, server.traits.name
     health = generator.health_checks
@@ -114,6 +119,7 @@ def _engine(
         model=config.trainer.policy.model.path,
         max_context_len=generator.max_model_len,
         vocab_size=shape.vocab_size,
+        end_token_ids=ends,
         lifeline=Lifeline(
             name,
             process=server.process,
@@ -223,11 +229,33 @@ def _with_scheme(url: str) -> str:
     return url if "://" in url else f"http://{url}"
 
 
+def end_token_ids(model: Path, tokenizer: Any) -> frozenset[int]:
+    """What ends an answer of this model: its own two files and the tokenizer each may name some."""
+    named: list[Any] = [getattr(tokenizer, "eos_token_id", None)]
+    for file in (model / "config.json", model / "generation_config.json"):
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            named += [found.get("eos_token_id"), found.get("text_config", {}).get("eos_token_id")]
+    return frozenset(token for one in named for token in (one if isinstance(one, list) else [one]) if token is not None)
+
+
 def _verify(name: str, reference: Score, vocab_size: int, dtype: torch.dtype) -> Verify:
+    """The trainer scores a version once, when the engine is about to serve it and the trainer waits. A server that is
+    started again is compared with that: the trainer may be in the middle of its next step by then.
+    """
+    scored: dict[int, Sequence[float]] = {}
+
     async def verify(client: ServerClient, version: int) -> None:
+        async def trainers(token_ids: Sequence[int]) -> Sequence[float]:
+            if version not in scored:
+                values = await reference(token_ids)
+                scored.clear()
+                scored[version] = values
+            return scored[version]
+
         await verify_weights(
             client.score,
-            reference,
+            trainers,
             token_ids=probe_tokens(vocab_size),
             dtype=dtype,
             engine=name,

@@ -1,41 +1,52 @@
 """A server as an Engine, whatever the server is: its pauses, its weights and its lives. Requests: see traffic.
 
-gate open while the server is up, awake and not paused
+gate open while the server is up, awake, has its weights whole and is not paused
 
 pause keep    the server holds its requests (it then says which version sampled what), or, where it can't,
               they are ended and go on after `resume` from what they have: nothing old is left in a cache
-server lost   the lifeline brings one up again, it is given the current weights, the gate opens
+server lost   what was in it is sent again; the lifeline brings one up, it is given the current weights, the gate opens
+              asleep: nobody needs it, and the trainer has its GPU; the next one is started when it is woken
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from dataclasses import replace
 
 import torch
 
 from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMode
-from skyrl_train.engines.server.client import ServerClient, ServerFigures, ServerTraits
-from skyrl_train.engines.server.lifeline import Life, Lifeline
+from skyrl_train.engines.server.client import ServerClient, ServerTraits
+from skyrl_train.engines.server.counters import Counters
+from skyrl_train.engines.server.lifeline import Life, Lifeline, OutOfLives
 from skyrl_train.engines.server.traffic import FIRST_BUSY_WAIT_S, Serving, Traffic
-from skyrl_train.errors import EngineUnavailable, RequestRejected, SkyRLError, WeightsTorn, WeightUpdateError
-from skyrl_train.types import AdapterWeights, Completion, DiskWeights, GenerateRequest, NamedWeights, WeightUpdate
-from skyrl_train.weight_sync.folder import read_weights
-from skyrl_train.weight_sync.plan import WeightPlan
+from skyrl_train.engines.server.weights import ServerWeights, Verify
+from skyrl_train.errors import (
+    EngineError,
+    EngineUnavailable,
+    RequestRejected,
+    SkyRLError,
+    WeightsTorn,
+    WeightUpdateError,
+)
+from skyrl_train.types import AdapterWeights, Completion, GenerateRequest, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
-Verify = Callable[[ServerClient, int], Awaitable[None]]
-"""Proof that the server has the weights of a version: raises WeightUpdateError."""
+LETTING_GO_S = 15.0
+"""How long an update may take to end in a server that is lost."""
+MAX_TRIES = 5
+"""How often in a row a server that others run may fail while it is brought up to date."""
 
 
 class ServerEngine:
     """Implements `engines.base.Engine` over one server. `start` must have returned before anything else is called.
 
-    `vocab_size` bounds token ids: one outside it would end a server. `weight_dtype` is the type that weights travel
-    in. `adapters` are those that the server loads at its start.
+    `vocab_size` bounds token ids: one outside it would end a server. `end_token_ids` are those that end an answer of
+    this model. `weight_dtype` is the type that weights travel in. `adapters` are those that the server loads at its
+    start.
     """
 
     def __init__(
@@ -47,6 +58,7 @@ class ServerEngine:
         vocab_size: int,
         lifeline: Lifeline,
         weight_dtype: torch.dtype,
+        end_token_ids: Collection[int] = (),
         bucket_bytes: int = 512 * 2**20,
         adapters: Collection[str] = (),
         policy_version: int = 0,
@@ -64,55 +76,69 @@ class ServerEngine:
         )
         self._vocab_size = vocab_size
         self._lifeline = lifeline
-        self._weight_dtype = weight_dtype
-        self._bucket_bytes = bucket_bytes
         self._adapters = frozenset(adapters)
-        self._verify = verify
         self._prepares = prepares
-        self._check_adapter = check_adapter
-        self._traffic = Traffic(self._info, traits, lost=self._lost, check_open=self._check_open)
-
-        self._version = policy_version
-        self._weights: WeightUpdate | None = None
-        self._given: WeightUpdate | None = None
-        """What this life of the server was given last; `_weights` is what it should have."""
-        self._whole = True
-        self._unproved = False
-        self._num_adapters_named = 0
+        self._traffic = Traffic(
+            self._info, traits, lost=self._lost, check_open=self._check_open, end_token_ids=end_token_ids
+        )
+        self._weights = ServerWeights(
+            self._info,
+            weight_dtype=weight_dtype,
+            bucket_bytes=bucket_bytes,
+            version=policy_version,
+            verify=verify,
+            check_adapter=check_adapter,
+        )
+        self._counters = Counters()
         self._paused = False
+        self._draining = False
+        """A pause waits for what has begun."""
         self._held = False
         self._asleep: set[Occupant] = set()
         self._closed = False
         self._failure: Exception | None = None
         self._watch: asyncio.Task[None] | None = None
         self._revival: asyncio.Task[None] | None = None
-        self._last_figures: ServerFigures | None = None
+        self._buried: str | None = None
+        """Why a server ended that slept: the next life begins when it is needed."""
+        self._giving: asyncio.Task[None] | None = None
+        self._left_sessions: set[str] = set()
+        """What a server that is somebody else's may still have open of an earlier life."""
 
     @property
     def info(self) -> EngineInfo:
         return self._info
 
     async def start(self) -> None:
-        """Brings the server up. Raises EngineUnavailable, or ConfigError where it isn't what was asked for."""
-        life = await self._lifeline.start()
-        self._traffic.serving = Serving(life=life, version=self._version)
-        await life.client.set_weight_version(str(self._version))
+        """Brings the server up. Raises EngineUnavailable, or ConfigError where it isn't what was asked for: nothing of
+        it is left then.
+        """
+        life: Life | None = None
+        try:
+            life = await self._lifeline.start()
+            await life.client.set_weight_version(str(self._weights.version))
+        except BaseException:
+            await self._lifeline.stop(life)
+            raise
+        self._traffic.serving = Serving(life=life, version=self._weights.version)
         self._watch = asyncio.create_task(self._look_after(life), name=f"watch {self._info.name}")
         self._set_gate()
 
     async def stats(self) -> EngineStats:
         self._check_open()
-        figures = self._last_figures
-        if self._revival is None:
+        if self._is_up:
+            life = self._life
             try:
-                figures = self._last_figures = await self._life.client.figures()
-            except EngineUnavailable:
+                seen = await life.client.figures()
+                if self._is_up and self._life is life:
+                    self._counters.look(seen)
+            except EngineError:
                 # It is being lost, which the watch will tell; what this engine knows by itself is still true.
                 self._check_open()
-        totals, in_server = self._traffic.totals, self._traffic.num_in_server
+        figures, totals, in_server = self._counters.latest, self._traffic.totals, self._traffic.num_in_server
         running = in_server if figures is None else min(figures.num_running, in_server)
         return EngineStats(
-            policy_version=self._version,
+            policy_version=self._weights.version,
             paused=self._paused,
             num_running=running,
             num_waiting=len(self._traffic) - running,
@@ -120,9 +146,9 @@ class ServerEngine:
             num_prompt_tokens_total=totals.num_prompt_tokens,
             num_cached_tokens_total=totals.num_cached_tokens,
             num_generated_tokens_total=totals.num_generated_tokens,
-            num_retractions_total=(figures.num_retractions_total if figures else None) or 0,
-            num_evicted_tokens_total=(figures.num_evicted_tokens_total if figures else None) or 0,
-            num_steps_total=(figures.num_steps_total if figures else None) or 0,
+            num_retractions_total=self._counters.total("num_retractions_total"),
+            num_evicted_tokens_total=self._counters.total("num_evicted_tokens_total"),
+            num_steps_total=self._counters.total("num_steps_total"),
             accept_len=figures.accept_len if figures else None,
             num_sessions=len(self._traffic.book),
             num_restarts_total=self._lifeline.num_restarts,
@@ -133,8 +159,9 @@ class ServerEngine:
         """The server's own series; empty while it is away."""
         self._check_open()
         try:
-            return "" if self._revival is not None else await self._life.client.metrics_text()
+            return await self._life.client.metrics_text() if self._is_up else ""
         except EngineUnavailable:
+            self._check_open()
             return ""
 
     # -- requests
@@ -145,7 +172,7 @@ class ServerEngine:
         return await self._traffic.generate(request)
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        await self._traffic.abort(list(request_ids))
+        await self._returning(self._traffic.abort(list(request_ids)))
 
     async def open_session(self, capacity: int) -> str:
         self._check_open()
@@ -158,59 +185,109 @@ class ServerEngine:
         await self._traffic.close_natively(session_id)
 
     async def close_session(self, session_id: str) -> None:
-        await self._traffic.close_session(session_id)
+        await self._returning(self._traffic.close_session(session_id))
+
+    async def _returning(self, ending: Awaitable[None]) -> None:
+        """A server that doesn't end what it is asked to end is lost: then all that is in it comes back."""
+        life = self._traffic.serving.life if self._traffic.serving is not None else None
+        try:
+            await ending
+        except EngineUnavailable as exc:
+            if life is None or self._closed or self._failure is not None:
+                raise
+            self._begin_revival(life, str(exc))
 
     # -- control
 
     async def pause(self, mode: PauseMode = "keep") -> None:
         self._check_open()
+        if mode == "wait":
+            await self._drain()
         self._paused = True
         self._set_gate()
         if mode == "keep" and self._traits.reports_versions:
             self._held = True
             # A server that puts a request back into its queue forgets what it had counted of it.
-            await self._traffic.end_attempts(for_good=False, counted_only=True)
+            await self._returning(self._traffic.end_attempts(for_good=False, counted_only=True))
             await self._on_server(lambda client: client.hold())
             return
-        if mode == "wait":
-            try:
-                await self._traffic.empty()
-            except asyncio.CancelledError:
-                self._paused = False
-                self._set_gate()
-                raise
-        else:
-            await self._traffic.end_attempts(for_good=mode == "abort")
+        await self._returning(self._traffic.end_attempts(for_good=mode == "abort"))
         await self._on_server(lambda client: client.halt())
 
-    async def resume(self) -> None:
-        self._check_open()
-        if not self._whole:
-            raise WeightUpdateError(
-                f"engine {self._info.name}: the last weight update failed half way; repeat it before resume"
-            )
-        if self._asleep:
-            raise RequestRejected(f"engine {self._info.name} sleeps ({', '.join(sorted(self._asleep))}); wake it first")
-        if not self._paused:
-            return
-        await self._on_server(lambda client: client.release())
-        await self._prove()
-        self._paused = self._held = False
+    async def _drain(self) -> None:
+        """Paused but for what has begun, until that is done. A server that dies meanwhile is brought up for it."""
+        if self._paused and self._traffic.num_begun and self._weights.whole and not self._asleep:
+            await self.resume()  # an earlier pause froze it
+        self._paused = self._draining = True
         self._set_gate()
-
-    async def _prove(self) -> None:
-        """After an update, before the gate opens: the server scores as the trainer does. Raises WeightUpdateError."""
-        if self._verify is None or not self._unproved:
-            return
         try:
-            await self._verify(self._life.client, self._version)
-        except WeightUpdateError:
-            self._whole = False
-            await self._on_server(lambda client: client.halt())
+            while self._traffic.num_begun and (self._revival is not None or self._may_serve):
+                await self._traffic.changed()
+                self._check_open()
+        except asyncio.CancelledError:
+            self._paused = False
             raise
-        except EngineUnavailable as exc:
-            raise EngineUnavailable(await self._lifeline.account(str(exc))) from exc
-        self._unproved = False
+        finally:
+            self._draining = False
+            self._set_gate()
+
+    async def resume(self) -> None:
+        said = "it was lost again and again"
+        for _ in range(2):
+            await self._revived()
+            self._check_open()
+            if not self._weights.whole:
+                raise WeightUpdateError(
+                    f"engine {self._info.name}: the last weight update failed half way; repeat it before resume"
+                )
+            if self._asleep:
+                raise RequestRejected(
+                    f"engine {self._info.name} sleeps ({', '.join(sorted(self._asleep))}); wake it first"
+                )
+            if not self._paused:
+                return
+            life = self._life
+            try:
+                await self._go_on(life)
+            except EngineUnavailable as exc:
+                said = await self._lifeline.account(str(exc))
+                if not await self._lost(life, said):
+                    await asyncio.sleep(FIRST_BUSY_WAIT_S)
+                continue
+            if self._revival is None and self._life is life:
+                self._paused = self._held = False
+                self._set_gate()
+                return
+        self._check_open()
+        raise EngineUnavailable(f"engine {self._info.name} could not go on after a pause: {said}")
+
+    async def _go_on(self, life: Life) -> None:
+        """What the server held goes on. Where new weights are still to be proved, nobody gets what they make before
+        they are; if they are the wrong ones, that is dropped.
+        """
+        if not self._weights.needs_proof:
+            await life.client.release()
+            return
+        dropped: int | None = self._weights.version
+        proof = self._traffic.proof = asyncio.get_running_loop().create_future()
+        try:
+            await life.client.release()
+            await self._prove(life)
+            dropped = None
+        except WeightUpdateError:
+            await self._returning(self._traffic.end_attempts(for_good=False))
+            raise
+        finally:
+            self._traffic.proof = None
+            proof.set_result(dropped)
+
+    async def _prove(self, life: Life) -> None:
+        try:
+            await self._weights.prove(life.client)
+        except WeightUpdateError:
+            with contextlib.suppress(EngineUnavailable):  # a server that is gone serves nobody
+                await life.client.halt()
+            raise
 
     async def flush_cache(self) -> None:
         self._check_open()
@@ -222,16 +299,26 @@ class ServerEngine:
         self._check_can_sleep()
         if running := self._traffic.num_in_server:
             raise RequestRejected(f"engine {self._info.name}: {running} requests run; it sleeps only when drained")
+        before, was_whole = set(self._asleep), self._weights.whole
         self._asleep |= set(release)
-        self._set_gate()
-        await self._life.client.sleep(release)
         if "weights" in release:
-            self._whole = False  # what wakes up is memory, not weights
+            self._weights.whole = False  # what wakes up is memory, not weights
+        self._set_gate()
+        try:
+            await self._on_server(lambda client: client.sleep(release))
+        except RequestRejected:  # it did not even begin
+            self._asleep, self._weights.whole = before, was_whole
+            self._set_gate()
+            raise
 
     async def wake(self, restore: Sequence[Occupant]) -> None:
         self._check_can_sleep()
-        await self._life.client.wake(restore)
-        self._asleep -= set(restore)
+        wanted = [occupant for occupant in restore if occupant in self._asleep]
+        if wanted and self._buried is None:
+            await self._on_server(lambda client: client.wake(wanted))
+        if wanted and self._buried is not None:
+            await self._unbury()
+        self._asleep -= set(wanted)
         self._set_gate()
 
     async def close(self) -> None:
@@ -239,187 +326,273 @@ class ServerEngine:
         if self._closed:
             return
         self._closed = True
+        self._set_gate()
+        self._traffic.look_again()
         tasks = [task for task in (self._watch, self._revival) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        await self._stop_giving()
         serving = self._traffic.serving
-        await self._lifeline.stop(serving.life if serving else None)
-        self._traffic.look_again()
+        self._left_sessions |= self._traffic.forget_server()
+        try:
+            if serving is not None and self._failure is None and not self._lifeline.is_ours:
+                await self._close_left_sessions(serving.life)
+        finally:
+            await self._lifeline.stop(serving.life if serving else None)
+            self._traffic.look_again()
 
     # -- weights
 
     async def prepare_weights(self, update: WeightUpdate) -> None:
         self._check_open()
-        source = self._readable(update).source
-        if self._prepares and isinstance(source, NamedWeights) and self._revival is None:
-            await self._life.channel.prepare(self._plan(source), source.tensors, version=update.version)
+        update = await self._weights.readable(update)
+        if self._prepares and self._is_up:
+            life = self._life
+            try:
+                await self._weights.prepare(life, update)
+            except WeightUpdateError:
+                if self._is_up and self._life is life:
+                    raise
+                # The life that it was prepared for is over; the next one's update does it all.
 
     async def update_weights(self, update: WeightUpdate) -> None:
         self._check_open()
         if not self._paused:
             raise WeightUpdateError(f"engine {self._info.name} must be paused for a weight update")
-        update = self._readable(update)
+        if "weights" in self._asleep and self._buried is None:
+            raise WeightUpdateError(f"engine {self._info.name} sleeps and has no room for weights; wake them first")
+        update = await self._weights.readable(update)
         # A server that is just coming up gets these weights rather than the last ones.
-        self._weights = update
+        before, self._weights.wanted = self._weights.wanted, update
+        if self._buried is not None:
+            await self._unbury()
         await self._revived()
         self._check_open()
-        if self._is_at(update):
+        if self._weights.has(update):
             return
         life = self._life
         try:
             await self._give(life, update)
-        except WeightUpdateError as exc:
-            # A refused update is the trainer's to know. A server that died of it, or was left with no whole weights,
-            # is started again with these.
-            torn = isinstance(exc, WeightsTorn) and self._lifeline.is_ours
-            if self._lifeline.is_running() and not torn:
-                raise
-            self._begin_revival(life, f"during an update to version {update.version}: {exc}")
-            await self._revived()
-            self._check_open()
-            if not self._is_at(update):
-                raise
+        except (WeightUpdateError, EngineUnavailable) as exc:
+            failure = exc if isinstance(exc, WeightUpdateError) else WeightUpdateError(str(exc))
+            if await self._is_lost_to(life, update, exc):
+                await self._revived()
+                self._check_open()
+                if not self._weights.has(update):
+                    raise failure from exc
+            else:
+                # A refused update is the trainer's to know.
+                if self._weights.whole:
+                    self._weights.wanted = before
+                raise failure from exc
 
-    def _is_at(self, update: WeightUpdate) -> bool:
-        return self._whole and self._weights is update and self._given is update
-
-    def _readable(self, update: WeightUpdate) -> WeightUpdate:
-        source = update.source
-        if isinstance(source, DiskWeights):
-            return replace(update, source=NamedWeights(tensors=read_weights(source.path)))
-        if isinstance(source, AdapterWeights):
-            if "adapter_weights" not in self._info.capabilities:
-                raise WeightUpdateError(f"engine {self._info.name} serves no adapters; send it the merged matrices")
-            self._check_adapter(source)
-        elif not isinstance(source, NamedWeights):
-            raise WeightUpdateError(
-                f"engine {self._info.name} is a process of its own and needs the tensors, found {type(source).__name__}"
-            )
-        return update
+    async def _is_lost_to(self, life: Life, update: WeightUpdate, exc: Exception) -> bool:
+        """A server that died of an update, or was left with nobody knows which weights, is started again with it."""
+        said = f"during an update to version {update.version}: {exc}"
+        if self._lifeline.is_ours and isinstance(exc, WeightsTorn | EngineUnavailable):
+            self._begin_revival(life, said)
+            return True
+        return await self._lost(life, said)
 
     async def _give(self, life: Life, update: WeightUpdate) -> None:
-        """Weights to the paused server, whole; then it serves `update.version`."""
-        source, adapter = update.source, None
-        self._given = None
-        if isinstance(source, NamedWeights):
-            self._whole = False
-            await life.channel.push(self._plan(source), source.tensors, version=update.version)
-        else:
-            assert isinstance(source, AdapterWeights), source
-            adapter = await self._change_adapter(life, source, update.version)
-        served = await life.client.weight_version()
-        if served is not None and served != str(update.version):
-            self._whole = False
-            raise WeightUpdateError(
-                f"engine {self._info.name} reports weights {served!r} after an update to {update.version}"
-            )
-        self._whole, self._given, self._version = True, update, update.version
-        # The base model is what can be scored. A paused server scores nothing: the proof comes when it goes on.
-        self._unproved = isinstance(source, NamedWeights)
-        self._traffic.serving = Serving(life=life, version=update.version, adapter=adapter)
-
-    def _plan(self, source: NamedWeights) -> WeightPlan:
-        return WeightPlan.of(source.tensors, dtype=self._weight_dtype, bucket_bytes=self._bucket_bytes)
-
-    async def _change_adapter(self, life: Life, adapter: AdapterWeights, version: int) -> str:
-        if self._held:
+        """As a task of its own: a server that is lost meanwhile ends it."""
+        if self._held and isinstance(update.source, AdapterWeights):
             # What the server holds would go on under the old adapter.
-            await self._traffic.end_attempts(for_good=False)
-        self._num_adapters_named += 1
-        # A name is never used twice: a server may go on serving an adapter that it unloaded.
-        name = f"policy-{version}-{self._num_adapters_named}"
+            await self._returning(self._traffic.end_attempts(for_good=False))
+        giving = self._giving = asyncio.create_task(self._give_to(life, update), name=f"weights to {self._info.name}")
         try:
-            await life.client.load_adapter(name, adapter)
-        except RequestRejected as exc:
-            raise WeightUpdateError(f"engine {self._info.name} does not take the adapter: {exc}") from exc
-        serving = self._traffic.serving
-        if serving is not None and serving.life is life and serving.adapter is not None:
-            await life.client.unload_adapter(serving.adapter)
-        await life.client.flush_cache()
-        await life.client.set_weight_version(str(version))
-        return name
+            await asyncio.wait({giving})
+        except asyncio.CancelledError:
+            await self._stop_giving()
+            raise
+        finally:
+            if self._giving is giving:
+                self._giving = None
+        if giving.cancelled():
+            raise EngineUnavailable(f"engine {self._info.name} was lost while it was given weights")
+        giving.result()
+
+    async def _give_to(self, life: Life, update: WeightUpdate) -> None:
+        weights = self._weights
+        await weights.give(life, update)
+        self._traffic.serving = Serving(life=life, version=weights.version, adapter=weights.adapter)
+
+    async def _stop_giving(self) -> None:
+        if (giving := self._giving) is not None:
+            giving.cancel()
+            await asyncio.wait({giving}, timeout=LETTING_GO_S)
+            if giving.done() and not giving.cancelled():
+                giving.exception()  # seen: whoever waits for it takes it too
 
     # -- the server's lives
 
     async def _look_after(self, life: Life) -> None:
-        """Until the engine is closed or lost: notices the end of each life and has the next one brought up."""
-        while self._failure is None:
-            self._begin_revival(life, await self._lifeline.wait_dead(life))
-            await self._revived()
-            life = self._life
-
-    async def _lost(self, life: Life, reason: str) -> None:
-        """An attempt or a call broke. Returns at once: the gate is shut until the server is up again."""
-        if self._revival is not None or self._life is not life:
-            return
-        if self._lifeline.is_running() and await life.client.is_healthy():
-            await asyncio.sleep(FIRST_BUSY_WAIT_S)  # it answers: one connection broke
+        """Until this life is over."""
+        try:
+            reason = await self._lifeline.wait_dead(life)
+        except Exception as exc:  # the boundary of a task that nobody awaits: unwatched, an engine is lost
+            self._fail(exc)
         else:
             self._begin_revival(life, reason)
 
+    async def _answers(self, life: Life) -> bool:
+        return self._lifeline.is_running() and await life.client.is_healthy()
+
+    async def _lost(self, life: Life, reason: str) -> bool:
+        """An attempt or a call broke. False: the server answers, it was one connection. True, at once: the gate is
+        shut until a server is up again.
+        """
+        if self._is_up and self._life is life and await self._answers(life):
+            return False
+        self._begin_revival(life, reason)
+        return True
+
     def _begin_revival(self, life: Life, reason: str) -> None:
-        if self._revival is None and self._life is life and not self._closed:
-            self._revival = asyncio.create_task(self._revive(life, reason), name=f"revive {self._info.name}")
-            self._set_gate()
+        if not self._is_up or self._life is not life or self._closed:
+            return
+        if self._watch is not None and self._watch is not asyncio.current_task():
+            self._watch.cancel()
+        self._watch = None
+        self._revival = asyncio.create_task(self._revive(life, reason), name=f"revive {self._info.name}")
+        self._set_gate()
 
     async def _revived(self) -> None:
-        if self._revival is not None:
+        while self._revival is not None:
             await asyncio.wait({self._revival})
 
     async def _revive(self, life: Life, reason: str) -> None:
         try:
-            new = await self._lifeline.revive(life, reason)
-            self._traffic.serving = Serving(life=new, version=self._version)
-            await self._bring_up_to_date(new)
+            await self._end(life)
+            if self._asleep and self._lifeline.is_ours:
+                self._buried = reason
+            else:
+                await self._begin_next_life(life, reason)
         except Exception as exc:  # the one boundary: every caller gets it, chained
-            self._failure = exc
-            if not isinstance(exc, SkyRLError):
-                logger.exception("engine %s is lost", self._info.name)
+            self._fail(exc)
         finally:
             self._revival = None
             self._set_gate()
-            if self._failure is not None:
-                self._traffic.look_again()
+            self._traffic.look_again()
+
+    async def _unbury(self) -> None:
+        """The next life after one that ended in its sleep. It is awake, all of it."""
+        assert self._buried is not None
+        reason, self._buried = self._buried, None
+        self._asleep.clear()
+        self._begin_revival(self._life, reason)
+        await self._revived()
+        self._check_open()
+
+    async def _end(self, life: Life) -> None:
+        stays = not self._lifeline.is_ours
+        left = self._traffic.forget_server()
+        if stays:
+            self._left_sessions |= left
+        else:
+            self._counters.life_over()
+        await self._lifeline.end(life)
+        await self._stop_giving()
+        self._weights.life_over(server_stays=stays)
+
+    async def _begin_next_life(self, life: Life, reason: str) -> None:
+        """Raises what can't be helped by one life more."""
+        tries = 0
+        while True:
+            tries += 1
+            try:
+                life = await self._lifeline.revive(life, reason)
+            except OutOfLives:
+                raise
+            except (EngineUnavailable, WeightUpdateError) as exc:
+                failure: EngineError = exc
+            else:
+                self._traffic.serving = Serving(life=life, version=self._weights.version)
+                found = await self._settle(life)
+                if found is None:
+                    return
+                failure = found
+            if not self._lifeline.is_ours and tries == MAX_TRIES:
+                raise failure
+            reason = str(failure)
+            await self._end(life)
+
+    async def _settle(self, life: Life) -> EngineError | None:
+        """The new life as far as it gets; why it is over already."""
+        try:
+            await self._bring_up_to_date(life)
+        except EngineUnavailable as exc:
+            return EngineUnavailable(await self._lifeline.account(str(exc)))
+        except WeightUpdateError as exc:
+            if (self._lifeline.is_ours and isinstance(exc, WeightsTorn)) or not await self._answers(life):
+                return exc
+            self._weights.distrust()
+            if not self._paused:
+                raise
+            # Whoever paused it meets this at `resume`, or gives it other weights.
+            logger.error("engine %s is up and did not take its weights: %s", self._info.name, exc)
+        self._watch = asyncio.create_task(self._look_after(life), name=f"watch {self._info.name}")
+        return None
 
     async def _bring_up_to_date(self, life: Life) -> None:
         """The current weights, or, where the trainer has moved on since, none: the next update opens the gate."""
+        weights = self._weights
         await life.client.halt()
-        update = self._weights
-        if update is None:
-            await life.client.set_weight_version(str(self._version))
+        await self._close_left_sessions(life)
+        if weights.wanted is None:
+            await life.client.set_weight_version(str(weights.version))
+            weights.whole = weights.whole or self._lifeline.is_ours
         else:
-            source = update.source
-            assert isinstance(source, NamedWeights | AdapterWeights), source
-            self._whole = False
-            if source.still_valid():
-                await self._give(life, update)
-                self._whole = source.still_valid()
-            if not self._whole:
+            weights.whole = False
+            if weights.may_be_read() and not self._asleep:
+                await self._give_to(life, weights.wanted)
+                weights.whole = weights.may_be_read()
+            if not weights.whole:
                 logger.warning(
                     "engine %s is up without the weights of version %d, which the trainer no longer has; it serves "
                     "again with the next update",
                     self._info.name,
-                    update.version,
+                    weights.wanted.version,
                 )
-                self._given, self._paused = None, True
-        if not self._paused:
+                weights.distrust()
+                self._paused = True
+        if weights.whole and not self._asleep and (self._draining or not self._paused):
             await life.client.release()
-            await self._prove()
+            await self._prove(life)
+
+    async def _close_left_sessions(self, life: Life) -> None:
+        left, self._left_sessions = self._left_sessions, set()
+        for session_id in sorted(left):
+            with contextlib.suppress(EngineError):
+                await life.client.close_session(session_id)
+
+    def _fail(self, exc: Exception) -> None:
+        self._failure = exc
+        if not isinstance(exc, SkyRLError):
+            logger.error("engine %s is lost", self._info.name, exc_info=exc)
+        self._set_gate()
+        self._traffic.look_again()
 
     async def _on_server(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
-        """A control call that may be repeated; a server that is lost meanwhile is brought up and asked again."""
-        for last in (False, True):
+        """A control call that may be repeated; a server that is lost meanwhile is brought up and asked again. One that
+        ended in its sleep is asked nothing.
+        """
+        broke_in: Life | None = None
+        while True:
             await self._revived()
             self._check_open()
+            if self._buried is not None:
+                return
             life = self._life
             try:
                 await call(life.client)
                 return
             except EngineUnavailable as exc:
-                if last:
-                    raise
-                await self._lost(life, str(exc))
+                if not await self._lost(life, str(exc)):
+                    if broke_in is life:
+                        raise
+                    broke_in = life
+                    await asyncio.sleep(FIRST_BUSY_WAIT_S)
 
     # -- small things
 
@@ -428,12 +601,20 @@ class ServerEngine:
         assert self._traffic.serving is not None, f"engine {self._info.name} was not started"
         return self._traffic.serving.life
 
+    @property
+    def _is_up(self) -> bool:
+        """As far as anybody has noticed."""
+        return self._revival is None and self._buried is None and self._failure is None
+
+    @property
+    def _may_serve(self) -> bool:
+        return self._is_up and self._weights.whole and not self._asleep
+
     def _set_gate(self) -> None:
-        is_up = self._traffic.serving is not None and self._revival is None and self._failure is None
-        if is_up and not self._paused and not self._asleep and not self._closed:
-            self._traffic.open_gate()
+        if self._traffic.serving is None or self._closed or not self._may_serve:
+            self._traffic.set_gate("shut")
         else:
-            self._traffic.shut_gate()
+            self._traffic.set_gate("draining" if self._draining else "shut" if self._paused else "open")
 
     def _check_open(self) -> None:
         if self._failure is not None:

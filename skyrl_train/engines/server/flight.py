@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,12 +31,14 @@ class Flight:
     versions: tuple[VersionSpan, ...] = ()
     num_cached_tokens: int = 0
     num_attempts: int = 0
+    num_answers: int = 0
+    """Attempts that returned, if only with nothing."""
     wire_id: str | None = None
     """Of the attempt that is in the server now; None between attempts."""
     ended_by_caller: bool = False
     ended_by_pause: bool = False
     waiting: asyncio.Future[Any] | None = None
-    """What it waits for at the gate; cancelling it makes the request look again."""
+    """What it waits for at the gate; once it is done the request looks again."""
 
     def __post_init__(self) -> None:
         if self.request.partial is not None:
@@ -87,8 +90,9 @@ class Flight:
                 for span in result.spans
                 if span.end > span.start
             )
-        if self.num_attempts == 1 and not self.token_ids:
+        if self.num_answers == 0 and not self.token_ids:
             self.num_cached_tokens = result.num_cached_tokens
+        self.num_answers += 1
         self._have(
             self.token_ids + result.token_ids, self.logprobs + result.logprobs, _merged((*self.versions, *spans))
         )
@@ -136,6 +140,42 @@ class Flight:
     def _keep(self, count: int) -> None:
         spans = tuple(replace(span, end=min(span.end, count)) for span in self.versions if span.start < count)
         self._have(self.token_ids[:count], self.logprobs[:count], spans)
+
+
+def ended(result: AttemptResult, sampling: SamplingParams, end_token_ids: Collection[int]) -> AttemptResult:
+    """An abort that came in the very step that sampled the answer's end: the answer is whole.
+
+    SGLang looks for an abort before it looks for the end, and its answer has the end token then. To go on from there
+    would put a second answer behind the first. `end_token_ids` are the model's own.
+    """
+    if result.finish_reason != "abort":
+        return result
+    own = frozenset() if sampling.ignore_eos else frozenset(end_token_ids)
+    for index, token in enumerate(result.token_ids):
+        if token in own or token in sampling.stop_token_ids:
+            stop_reason = token if token in sampling.stop_token_ids else None
+            return replace(cut(result, index + 1), finish_reason="stop", stop_reason=stop_reason)
+    return result
+
+
+def before_version(result: AttemptResult, version: int) -> AttemptResult:
+    """Without what was sampled under `version` and after it; an abort then."""
+    if result.spans is None:
+        count = 0
+    else:
+        starts = [span.start for span in result.spans if span.version == str(version)]
+        count = min(starts, default=len(result.token_ids))
+    if count == len(result.token_ids):
+        return result
+    return replace(cut(result, count), finish_reason="abort", stop_reason=None)
+
+
+def cut(result: AttemptResult, count: int) -> AttemptResult:
+    """The first `count` tokens of it."""
+    spans = result.spans
+    if spans is not None:
+        spans = tuple(replace(span, end=min(span.end, count)) for span in spans if span.start < count)
+    return replace(result, token_ids=result.token_ids[:count], logprobs=result.logprobs[:count], spans=spans)
 
 
 def _merged(spans: tuple[VersionSpan, ...]) -> tuple[VersionSpan, ...]:

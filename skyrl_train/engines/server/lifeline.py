@@ -1,6 +1,8 @@
 """One server's lives: up, noticed dead, up again. Every life has a client and a channel of its own.
 
 start ──► life 1 ──► dead (its process ended, or it stopped answering) ──► life 2 ──► …    at most `max_restarts`
+
+Whoever owns the lives ends one (`end`) before the next one begins (`revive`); that may be much later.
 """
 
 from __future__ import annotations
@@ -8,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,10 @@ logger = logging.getLogger(__name__)
 ACCOUNT_TIMEOUT_S = 5.0
 """A server that answers that it broke takes a moment to end."""
 LOOP_HELD_S = 30.0
+
+
+class OutOfLives(EngineUnavailable):
+    """The server died too often, or stayed away for too long: it is not brought up again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +82,23 @@ class Lifeline:
         url = await self._process.start() if self._process is not None else str(self._url)
         return await self._begin(1, url)
 
+    async def end(self, life: Life) -> None:
+        """This life is over: calls that are under way break, and of a process of ours nothing is left. The channel
+        stays, for what may still move through it."""
+        await life.client.close()
+        if self._process is not None:
+            await self._process.stop()
+
     async def revive(self, life: Life, reason: str) -> Life:
-        """The next life after `life`. Raises EngineUnavailable when there have been too many."""
+        """The next life after `life`, which was ended.
+
+        Raises OutOfLives when there have been too many; another EngineUnavailable when this start failed and the next
+        one may succeed; ConfigError where the server isn't what was asked for.
+        """
         await self._leave(life)
         if self._process is not None:
             if self.num_restarts >= self._max_restarts:
-                raise EngineUnavailable(
+                raise OutOfLives(
                     f"engine {self._name} died {self.num_restarts + 1} times and is not started again: {reason}"
                 )
             self.num_restarts += 1
@@ -115,26 +131,33 @@ class Lifeline:
 
     async def stop(self, life: Life | None) -> None:
         """The end: connections, channel, and the process if it is ours."""
-        if life is not None:
-            await self._leave(life)
-        if self._process is not None:
-            await self._process.stop()
+        try:
+            if life is not None:
+                await self._leave(life)
+        finally:
+            if self._process is not None:
+                await self._process.stop()
 
     async def _begin(self, number: int, url: str) -> Life:
-        client = self._connect(url)
+        client, channel = self._connect(url), None
         try:
             await client.check_identity()
             channel = self._open_channel(url)
             await channel.open()
         except BaseException:
+            if channel is not None:
+                await self._close_channel(channel)
             await client.close()
             raise
         return Life(number=number, url=url, client=client, channel=channel)
 
     async def _leave(self, life: Life) -> None:
         await life.client.close()
+        await self._close_channel(life.channel)
+
+    async def _close_channel(self, channel: WeightChannel) -> None:
         try:
-            await life.channel.close()
+            await channel.close()
         except Exception as exc:  # the other end may be gone already; what counts is that ours is closed
             logger.warning("engine %s: closing its weight channel: %s", self._name, exc)
 
@@ -151,12 +174,13 @@ class Lifeline:
         return f"it did not answer {failures} health checks in a row, {self._health.interval_s:g} s apart"
 
     async def _wait_for_attached(self, url: str) -> str:
-        deadline = time.monotonic() + self._health.attached_timeout_s
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._health.attached_timeout_s
         client = self._connect(url)
         try:
             while not await client.is_healthy():
-                if time.monotonic() > deadline:
-                    raise EngineUnavailable(
+                if loop.time() > deadline:
+                    raise OutOfLives(
                         f"engine {self._name} at {url} did not come back within {self._health.attached_timeout_s:g} s"
                     )
                 await asyncio.sleep(min(self._health.interval_s, 1.0))
