@@ -35,6 +35,7 @@ _VLLM_ALSO_READS = (
     "generator.metrics.endpoint_port",
     "generator.metrics.tracing.enabled",
     "generator.metrics.tracing.otlp_endpoint",
+    "generator.metrics.tracing.service_name",
     "generator.health_checks.startup_timeout_s",
     "generator.health_checks.interval_s",
     "generator.health_checks.max_failures",

@@ -21,7 +21,16 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_words(value: Any) -> Any:
+    """Numbers among words, as in [custom, 10, 50], are words: they are the server's to read."""
+    items = _as_tuple(value)
+    if not isinstance(items, tuple):
+        return items
+    return tuple(str(item) if type(item) in (int, float) else item for item in items)
+
+
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_as_words)]
 Ints = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from skyrl_train.config.fields import Floats, Group, NonNegative, Positive, Strings
+from skyrl_train.config.fields import Floats, Group, NonNegative, Positive, Strings, Words
 
 
 class Ngram(Group):
@@ -120,11 +120,11 @@ class MetricsBuckets(Group):
         None, description="Bounds in seconds, rising, of the time between tokens."
     )
     e2e_request_latency: Floats | None = Field(None, description="Bounds in seconds, rising, of a whole request.")
-    prompt_tokens: Strings | None = Field(
+    prompt_tokens: Words | None = Field(
         None,
         description="Rule for bounds on prompt tokens: [default], [tse, MIDDLE, BASE, COUNT] or [custom, N, N, …].",
     )
-    generation_tokens: Strings | None = Field(
+    generation_tokens: Words | None = Field(
         None,
         description="Rule for bounds on answer tokens: [default], [tse, MIDDLE, BASE, COUNT] or [custom, N, N, …].",
     )
