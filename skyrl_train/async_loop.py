@@ -22,11 +22,13 @@ policy. A request that meets a landing goes on under the new weights, and each o
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from skyrl_train.engines.base import Engine
 from skyrl_train.loop import Job, evaluate, finish_step
 from skyrl_train.observability.tracing import span
 from skyrl_train.rollout.groups import Rollouts
@@ -34,6 +36,10 @@ from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.experience import Experience
 from skyrl_train.types import Prompt, ScoredGroup
 from skyrl_train.weight_sync.sync import sync_weights
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +86,7 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
                     await job.engine.prepare_weights(update)
                 with phases("landing"):
                     if run.deterministic:
-                        await pipeline.next_is_complete()
+                        await next_is_complete(pipeline, job.engine)
                     await pipeline.gate.shut()
                     await pipeline.gate.rest()
                 with phases("weight_sync"):
@@ -99,6 +105,26 @@ async def train_async(run: AsyncJob, *, first_step: int = 0) -> int:
     finally:
         await pipeline.close()
     return step
+
+
+async def next_is_complete(pipeline: RolloutPipeline, engine: Engine) -> None:
+    """Returns when the next batch is complete, or can't be before the update: an engine whose server was started again
+    while the policy was trained has no weights to go on with, and waits for these.
+    """
+    complete = asyncio.ensure_future(pipeline.next_is_complete())
+    try:
+        while not complete.done():
+            await asyncio.wait({complete}, timeout=LOOK_EVERY_S)
+            if not complete.done() and (await engine.stats()).paused:
+                logger.warning(
+                    "engine %s is paused and waits for new weights: they land before the next batch is complete, and "
+                    "this run can't be repeated to the bit",
+                    engine.info.name,
+                )
+                return
+        complete.result()
+    finally:
+        complete.cancel()
 
 
 async def _learn(run: AsyncJob, groups: tuple[ScoredGroup, ...]) -> tuple[Experience, dict[str, float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from skyrl_train.async_loop import next_is_complete
 from skyrl_train.engines.router import RoutedEngine
 from skyrl_train.engines.server.engine import ServerEngine
 from skyrl_train.errors import EngineUnavailable, RequestRejected, WeightUpdateError
@@ -395,6 +396,38 @@ def test_a_server_that_can_not_have_its_weights_again_serves_nobody_until_the_ne
         await machine.until(task)
         assert_sampled(await task, PROMPT, count=6)
         assert versions(await task)[-1] == 2
+
+    serve(body)
+
+
+def test_an_update_does_not_wait_for_a_batch_that_waits_for_the_update() -> None:
+    """The deterministic loop lands its weights when the next batch is complete; this one can't be without them."""
+
+    class Pipeline:
+        def __init__(self, batch: list[Any]) -> None:
+            self.batch = batch
+
+        async def next_is_complete(self) -> None:
+            await asyncio.wait(self.batch)
+
+    async def body(machine: Machine, engine: ServerEngine) -> None:
+        trainer = Trainer()
+        await sync_weights(engine, trainer.export(1))
+        tasks = begin(engine, ask("r"), ask("s"))
+        pipeline: Any = Pipeline(tasks)
+        landing = asyncio.create_task(next_is_complete(pipeline, engine))
+        await machine.until(*tasks)
+        await landing  # as long as the engine serves, it is the batch that is waited for
+
+        tasks = begin(engine, ask("r"), ask("s"))
+        pipeline = Pipeline(tasks)
+        await machine.step(2)
+        trainer.moves_on()
+        machine.server.die()
+        await next_is_complete(pipeline, engine)
+        await sync_weights(engine, trainer.export(2))
+        await machine.until(*tasks)
+        assert versions(await tasks[0])[-1] == 2
 
     serve(body)
 
