@@ -194,6 +194,10 @@ class Trajectory:
 
     `failed` means that the environment or the engine raised: `error` says what; such a trajectory
     is logged and counted, never trained on.
+
+    A search tries more than one answer to a prompt: `branches` are then all that it sampled, each as a trajectory under
+    an id of its own (`TrajectoryId.branch` over 0), and they are trained on in this one's place. This one is what came
+    of it, the best path: it is scored, logged and evaluated.
     """
 
     id: TrajectoryId
@@ -202,9 +206,13 @@ class Trajectory:
     status: TrajectoryStatus
     error: str | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    branches: tuple[Trajectory, ...] = ()
 
     def __post_init__(self) -> None:
         _same_length(f"trajectory {self.id}", turns=self.turns, rewards=self.rewards)
+        ids = [self.id, *(branch.id for branch in self.branches)]
+        if len(set(ids)) < len(ids):
+            raise ValueError(f"trajectory {self.id}: its branches need ids of their own, found {ids}")
 
     @property
     def reward(self) -> float:

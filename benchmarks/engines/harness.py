@@ -83,7 +83,9 @@ def gpu_keys(backend: str, shape: ModelShape, dtype: torch.dtype) -> dict[str, s
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """`folder` is the model; `pythons` have the servers; `more` are keys of the servers' configuration, and win."""
+    """`folder` is the model; `pythons` have the servers; `more` are keys of the servers' configuration, and win,
+    `more_embedded` those of the embedded engine's.
+    """
 
     shape: ModelShape
     device: str
@@ -95,6 +97,7 @@ class Setup:
     max_model_len: int
     max_num_seqs: int
     more: tuple[str, ...] = ()
+    more_embedded: tuple[str, ...] = ()
 
     def overrides(self, backend: str, variant: str = "plain", *, number: int = 0) -> list[str]:
         """The configuration of one engine, as overrides of the main job's command line."""
@@ -122,7 +125,9 @@ class Setup:
                 keys["generator.engine_python"] = self.pythons[backend]
             if variant == "group":
                 keys["generator.weight_sync_backend"] = "nccl" if on_gpu else "gloo"
-        more = self.more if backend in SERVERS else ()
+        elif variant != "plain":
+            keys |= VARIANTS[variant]
+        more = self.more if backend in SERVERS else self.more_embedded
         return [*(f"{key}={value}" for key, value in keys.items()), *more]
 
     def config(self, backend: str, variant: str = "plain", *, number: int = 0) -> Config:
@@ -157,6 +162,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="a key of the servers' configuration; may be repeated",
     )
+    parser.add_argument(
+        "--set-embedded", action="append", default=[], metavar="KEY=VALUE", help="the same of the embedded engine's"
+    )
 
 
 def setup_from(args: argparse.Namespace) -> Setup:
@@ -174,6 +182,7 @@ def setup_from(args: argparse.Namespace) -> Setup:
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         more=tuple(args.set),
+        more_embedded=tuple(args.set_embedded),
     )
 
 

@@ -49,7 +49,8 @@ class _Session:
         return self.num_held + sum(room.num_tokens for room in self.reserved.values())
 
     def has_children(self, request_id: str) -> bool:
-        return any(child.parent == request_id for child in (*self.nodes.values(), *self.reserved.values()))
+        parents = [node.parent for node in self.nodes.values()] + [room.parent for room in self.reserved.values()]
+        return request_id in parents
 
 
 class SessionBook:

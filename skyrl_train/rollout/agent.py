@@ -157,7 +157,7 @@ class Agent:
             made.turns.append(Turn(prompt_token_ids=prompt_token_ids, completion=completion))
             answer = response_text(self.tokenizer, completion.token_ids)
             output = await environment.step(answer)
-            made.rewards.append(_finite(output["reward"]))
+            made.rewards.append(finite(output["reward"]))
             made.metrics.update(numbers(output.get("metadata")))
             if completion.finish_reason != "stop":
                 return "truncated" if completion.finish_reason == "length" else "aborted"
@@ -219,7 +219,8 @@ def _hashed(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _finite(reward: Any) -> float:
+def finite(reward: Any) -> float:
+    """A reward that can be trained on. Raises ValueError."""
     number = float(reward)
     if not math.isfinite(number):
         raise ValueError(f"step returned reward {reward!r}; a finite number is wanted")

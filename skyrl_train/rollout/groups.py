@@ -12,6 +12,7 @@ from typing import Any
 from skyrl_train.errors import EnvironmentFailure
 from skyrl_train.observability.tracing import span
 from skyrl_train.rollout.agent import Agent, with_seed
+from skyrl_train.rollout.branches import num_sampled
 from skyrl_train.types import Prompt, SamplingParams, ScoredGroup, Trajectory, TrajectoryId
 
 BASELINE = -1
@@ -53,7 +54,7 @@ class Rollouts:
             "reward/informative_group_frac": informative / len(self.groups),
             "rollout/num_trajectories": count,
             "rollout/num_failed": self.num_failed,
-            "rollout/num_tokens": sum(lengths),
+            "rollout/num_tokens": sum(map(num_sampled, trajectories)),
             "rollout/response_len_mean": sum(lengths) / count,
             "rollout/response_len_max": max(lengths),
             "rollout/prompt_len_mean": sum(prompt_lengths) / sum(turns),

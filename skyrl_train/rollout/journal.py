@@ -42,6 +42,7 @@ def trajectory_to_json(trajectory: Trajectory) -> Row:
         "status": trajectory.status,
         "error": trajectory.error,
         "metrics": {name: float(value) for name, value in trajectory.metrics.items()},
+        "branches": [trajectory_to_json(branch) for branch in trajectory.branches],
     }
 
 
@@ -59,4 +60,6 @@ def trajectory_from_json(row: Mapping[str, Any]) -> Trajectory:
         status=row["status"],
         error=row["error"],
         metrics=row["metrics"],
+        # A checkpoint of an earlier version has none.
+        branches=tuple(trajectory_from_json(branch) for branch in row.get("branches", ())),
     )

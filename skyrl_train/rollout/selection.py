@@ -22,7 +22,7 @@ from typing import Literal
 from skyrl_train.errors import SelectionError
 from skyrl_train.rollout.groups import Rollouts
 from skyrl_train.rollout.overlong import SoftPunishment, punish_overlong
-from skyrl_train.types import Prompt, ScoredGroup
+from skyrl_train.types import Prompt, ScoredGroup, Trajectory
 
 TOLERANCE = 1e-6
 """Scores closer than this, relative to the larger or to 1, are one score with rounding in it."""
@@ -171,8 +171,13 @@ def _copy(group: ScoredGroup, number: int) -> ScoredGroup:
     return replace(
         group,
         prompt=replace(group.prompt, prompt_id=name),
-        trajectories=tuple(replace(t, id=replace(t.id, prompt_id=name)) for t in group.trajectories),
+        trajectories=tuple(_renamed(t, name) for t in group.trajectories),
     )
+
+
+def _renamed(trajectory: Trajectory, prompt_id: str) -> Trajectory:
+    branches = tuple(_renamed(branch, prompt_id) for branch in trajectory.branches)
+    return replace(trajectory, id=replace(trajectory.id, prompt_id=prompt_id), branches=branches)
 
 
 def _punish(

@@ -1,6 +1,6 @@
 """Scored groups to training samples: token rewards, the critic's values, advantages, value targets.
 
-    groups -> sequences -> [KL to the reference off the rewards] -> [values] -> advantages -> TrainingSamples
+    groups -> [branches] -> sequences -> [KL to the reference off the rewards] -> [values] -> advantages -> samples
 
 What needs a forward pass happens here, at training time: samples that waited are judged by the weights that train.
 """
@@ -16,6 +16,7 @@ import torch
 from skyrl_train.algorithms.advantages import AdvantageEstimator, AdvantageInputs
 from skyrl_train.algorithms.normalize import normalize
 from skyrl_train.data.pack import pack
+from skyrl_train.rollout.branches import by_branches
 from skyrl_train.rollout.samples import make_sequences
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import ScoredGroup, TokenSequence, TrainBatch, TrainingSample, TrajectoryId
@@ -68,6 +69,7 @@ class ExperienceMaker:
     def __call__(self, groups: Sequence[ScoredGroup]) -> Experience:
         if not groups:
             return Experience(samples=(), advantages={}, metrics={})
+        groups = by_branches(groups)
         trajectories = [trajectory for group in groups for trajectory in group.trajectories]
         rows = [make_sequences(trajectory, step_wise=self.step_wise) for trajectory in trajectories]
         sequences = [sequence for row in rows for sequence in row]
