@@ -114,11 +114,6 @@ def adapters(checked: Checked) -> Iterator[Finding]:
     config = checked.config
     lora, trained = config.generator.lora, config.trainer.policy.model.lora
     rank = trained.rank
-    if rank and lora.enabled is False:
-        yield error(
-            f"trainer.policy.model.lora.rank={rank} trains an adapter, and {checked.show('generator.lora.enabled')} "
-            "does not serve it"
-        )
     if rank and lora.max_rank is not None and lora.max_rank < trained.served_rank:
         twice = f", and with pissa an engine serves {trained.served_rank}" if trained.served_rank > rank else ""
         yield error(

@@ -271,7 +271,9 @@ class EngineLora(Group):
     """Adapters that the engine serves."""
 
     enabled: bool | None = Field(
-        None, description="Serve LoRA adapters; null is on when the policy trains one or paths names some."
+        None,
+        description="Serve LoRA adapters; null is on when the policy trains one or paths names some. "
+        "Off, a policy that is an adapter is served merged.",
     )
     paths: dict[str, str] = Field(default_factory=dict, description="Adapters loaded at start, as {name: folder}.")
     max_rank: Positive | None = Field(None, description="Greatest rank of an adapter that may be loaded.")

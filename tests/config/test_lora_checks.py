@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from skyrl_train.config import ConfigError, load_config
+from skyrl_train.entrypoints.build import weights_for
 
 POLICY, CRITIC = "trainer.policy.model.lora", "trainer.critic.model.lora"
 ON = f"{POLICY}.rank=8"
@@ -35,6 +36,12 @@ def test_orthogonal_adapters_have_an_even_rank() -> None:
     assert "needs an even rank" in refused(f"{POLICY}.rank=3", f"{POLICY}.init_method=orthogonal")
     load_config([f"{POLICY}.rank=4", f"{POLICY}.init_method=orthogonal"])
     load_config([f"{POLICY}.rank=3"])
+
+
+def test_an_adapter_may_be_served_merged() -> None:
+    server = ("generator.backend=sglang", ON)
+    assert weights_for(load_config([*server, "generator.lora.enabled=false"]).config) == "server"
+    assert weights_for(load_config([*server]).config) == "adapter"
 
 
 def test_no_target_is_refused() -> None:
