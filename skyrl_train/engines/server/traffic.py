@@ -218,7 +218,7 @@ class Traffic:
                 continue
             result = ended(await self._proved(result), sampling, self._end_token_ids)
             flight.add(result, version=serving.version)
-            self._count(attempt, result)
+            self._count(flight, attempt, result)
             if result.finish_reason != "abort":
                 wire = (serving.life.number, attempt.wire_id) if attempt.session is not None else None
                 return flight.completion(result.finish_reason, result.stop_reason), wire
@@ -333,8 +333,10 @@ class Traffic:
     def _in_server(self) -> list[Flight]:
         return [flight for flight in self._flights.values() if flight.wire_id is not None]
 
-    def _count(self, attempt: Attempt, result: AttemptResult) -> None:
-        self.totals.num_prompt_tokens += len(attempt.token_ids)
+    def _count(self, flight: Flight, attempt: Attempt, result: AttemptResult) -> None:
+        # What the server goes on from in a session is prompt too: it tells all of it that it found in its cache.
+        goes_on = attempt.session is not None and attempt.session.parent_wire_id is not None
+        self.totals.num_prompt_tokens += len(attempt.token_ids) + (len(flight.before) if goes_on else 0)
         self.totals.num_cached_tokens += result.num_cached_tokens
         self.totals.num_generated_tokens += len(result.token_ids)
 
