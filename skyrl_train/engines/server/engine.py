@@ -4,7 +4,7 @@ gate open while the server is up, awake, has its weights whole and is not paused
 
 pause keep    the server holds its requests (it then says which version sampled what), or, where it can't,
               they are ended and go on after `resume` from what they have: nothing old is left in a cache
-server lost   what was in it is sent again; the lifeline brings one up, it is given the current weights, the gate opens
+server lost   what was in it is sent again; the next one is given the current weights, the gate opens: see lives
               asleep: nobody needs it, and the trainer has its GPU; the next one is started when it is woken
 """
 
@@ -18,27 +18,19 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import torch
 
 from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMode
-from skyrl_train.engines.server.client import ServerClient, ServerTraits
+from skyrl_train.engines.server.client import ServerTraits
 from skyrl_train.engines.server.counters import Counters
-from skyrl_train.engines.server.lifeline import Life, Lifeline, OutOfLives
-from skyrl_train.engines.server.traffic import FIRST_BUSY_WAIT_S, Serving, Traffic
+from skyrl_train.engines.server.lifeline import Life, Lifeline
+from skyrl_train.engines.server.lives import RETRY_S, Lives
+from skyrl_train.engines.server.traffic import Serving, Traffic
 from skyrl_train.engines.server.weights import ServerWeights, Verify
-from skyrl_train.errors import (
-    EngineError,
-    EngineUnavailable,
-    RequestRejected,
-    SkyRLError,
-    WeightsTorn,
-    WeightUpdateError,
-)
+from skyrl_train.errors import EngineError, EngineUnavailable, RequestRejected, WeightsTorn, WeightUpdateError
 from skyrl_train.types import AdapterWeights, Completion, GenerateRequest, WeightUpdate
 
 logger = logging.getLogger(__name__)
 
 LETTING_GO_S = 15.0
 """How long an update may take to end in a server that is lost."""
-MAX_TRIES = 5
-"""How often in a row a server that others run may fail while it is brought up to date."""
 
 
 class ServerEngine:
@@ -78,8 +70,21 @@ class ServerEngine:
         self._lifeline = lifeline
         self._adapters = frozenset(adapters)
         self._prepares = prepares
+        self._lives = Lives(
+            self._info.name,
+            lifeline,
+            ended=self._end,
+            settle=self._bring_up_to_date,
+            refused=self._keep_without_weights,
+            sleeps=lambda: bool(self._asleep),
+            changed=self._look_again,
+        )
         self._traffic = Traffic(
-            self._info, traits, lost=self._lost, check_open=self._check_open, end_token_ids=end_token_ids
+            self._info,
+            traits,
+            lost=self._lives.lost,
+            check_open=self._lives.check_open,
+            end_token_ids=end_token_ids,
         )
         self._weights = ServerWeights(
             self._info,
@@ -96,11 +101,6 @@ class ServerEngine:
         self._held = False
         self._asleep: set[Occupant] = set()
         self._closed = False
-        self._failure: Exception | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._revival: asyncio.Task[None] | None = None
-        self._buried: str | None = None
-        """Why a server ended that slept: the next life begins when it is needed."""
         self._giving: asyncio.Task[None] | None = None
         self._left_sessions: set[str] = set()
         """What a server that is somebody else's may still have open of an earlier life."""
@@ -115,26 +115,26 @@ class ServerEngine:
         """
         life: Life | None = None
         try:
-            life = await self._lifeline.start()
+            life = await self._lives.start()
             await life.client.set_weight_version(str(self._weights.version))
         except BaseException:
             await self._lifeline.stop(life)
             raise
         self._traffic.serving = Serving(life=life, version=self._weights.version)
-        self._watch = asyncio.create_task(self._look_after(life), name=f"watch {self._info.name}")
+        self._lives.watch()
         self._set_gate()
 
     async def stats(self) -> EngineStats:
-        self._check_open()
-        if self._is_up:
-            life = self._life
+        self._lives.check_open()
+        if self._lives.is_up:
+            life = self._lives.life
             try:
                 seen = await life.client.figures()
-                if self._is_up and self._life is life:
+                if self._lives.is_up and self._lives.life is life:
                     self._counters.look(seen)
             except EngineError:
                 # It is being lost, which the watch will tell; what this engine knows by itself is still true.
-                self._check_open()
+                self._lives.check_open()
         figures, totals, in_server = self._counters.latest, self._traffic.totals, self._traffic.num_in_server
         running = in_server if figures is None else min(figures.num_running, in_server)
         return EngineStats(
@@ -157,17 +157,17 @@ class ServerEngine:
 
     async def metrics_text(self) -> str:
         """The server's own series; empty while it is away."""
-        self._check_open()
+        self._lives.check_open()
         try:
-            return await self._life.client.metrics_text() if self._is_up else ""
+            return await self._lives.life.client.metrics_text() if self._lives.is_up else ""
         except EngineUnavailable:
-            self._check_open()
+            self._lives.check_open()
             return ""
 
     # -- requests
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        self._check_open()
+        self._lives.check_open()
         self._check_request(request)
         return await self._traffic.generate(request)
 
@@ -175,7 +175,7 @@ class ServerEngine:
         await self._returning(self._traffic.abort(list(request_ids)))
 
     async def open_session(self, capacity: int) -> str:
-        self._check_open()
+        self._lives.check_open()
         if "sessions" not in self._info.capabilities:
             raise RequestRejected(f"engine {self._info.name} has no sessions; send whole prompts")
         return self._traffic.book.open(capacity)
@@ -193,14 +193,14 @@ class ServerEngine:
         try:
             await ending
         except EngineUnavailable as exc:
-            if life is None or self._closed or self._failure is not None:
+            if life is None or self._lives.is_over:
                 raise
-            self._begin_revival(life, str(exc))
+            self._lives.lose(life, str(exc))
 
     # -- control
 
     async def pause(self, mode: PauseMode = "keep") -> None:
-        self._check_open()
+        self._lives.check_open()
         if mode == "wait":
             await self._drain()
         self._paused = True
@@ -209,10 +209,10 @@ class ServerEngine:
             self._held = True
             # A server that puts a request back into its queue forgets what it had counted of it.
             await self._returning(self._traffic.end_attempts(for_good=False, counted_only=True))
-            await self._on_server(lambda client: client.hold())
+            await self._lives.call(lambda client: client.hold())
             return
         await self._returning(self._traffic.end_attempts(for_good=mode == "abort"))
-        await self._on_server(lambda client: client.halt())
+        await self._lives.call(lambda client: client.halt())
 
     async def _drain(self) -> None:
         """Paused but for what has begun, until that is done. A server that dies meanwhile is brought up for it."""
@@ -221,9 +221,9 @@ class ServerEngine:
         self._paused = self._draining = True
         self._set_gate()
         try:
-            while self._traffic.num_begun and (self._revival is not None or self._may_serve):
+            while self._traffic.num_begun and (self._lives.is_reviving or self._may_serve):
                 await self._traffic.changed()
-                self._check_open()
+                self._lives.check_open()
         except asyncio.CancelledError:
             self._paused = False
             raise
@@ -232,10 +232,25 @@ class ServerEngine:
             self._set_gate()
 
     async def resume(self) -> None:
+        """What was held goes on before new weights are proved: a paused server scores nothing. So nobody gets what they
+        make before the verdict, and if they are the wrong ones, that is dropped.
+        """
+        proof = self._traffic.proof = asyncio.get_running_loop().create_future()
+        dropped: int | None = None
+        try:
+            await self._go_on()
+        except BaseException:
+            dropped = self._weights.version if self._weights.needs_proof else None
+            raise
+        finally:
+            if self._traffic.proof is proof:
+                self._traffic.proof = None
+            proof.set_result(dropped)
+
+    async def _go_on(self) -> None:
         said = "it was lost again and again"
         for _ in range(2):
-            await self._revived()
-            self._check_open()
+            await self._lives.revived()
             if not self._weights.whole:
                 raise WeightUpdateError(
                     f"engine {self._info.name}: the last weight update failed half way; repeat it before resume"
@@ -246,54 +261,38 @@ class ServerEngine:
                 )
             if not self._paused:
                 return
-            life = self._life
+            life = self._lives.life
             try:
-                await self._go_on(life)
+                await life.client.release()
+                await self._prove(life)
+            except WeightUpdateError:
+                await self._returning(self._traffic.end_attempts(for_good=False))
+                raise
             except EngineUnavailable as exc:
                 said = await self._lifeline.account(str(exc))
-                if not await self._lost(life, said):
-                    await asyncio.sleep(FIRST_BUSY_WAIT_S)
+                if not await self._lives.lost(life, said):
+                    await asyncio.sleep(RETRY_S)
                 continue
-            if self._revival is None and self._life is life:
+            if self._lives.is_up and self._lives.life is life:
                 self._paused = self._held = False
                 self._set_gate()
                 return
-        self._check_open()
+        self._lives.check_open()
         raise EngineUnavailable(f"engine {self._info.name} could not go on after a pause: {said}")
-
-    async def _go_on(self, life: Life) -> None:
-        """What the server held goes on. Where new weights are still to be proved, nobody gets what they make before
-        they are; if they are the wrong ones, that is dropped.
-        """
-        if not self._weights.needs_proof:
-            await life.client.release()
-            return
-        dropped: int | None = self._weights.version
-        proof = self._traffic.proof = asyncio.get_running_loop().create_future()
-        try:
-            await life.client.release()
-            await self._prove(life)
-            dropped = None
-        except WeightUpdateError:
-            await self._returning(self._traffic.end_attempts(for_good=False))
-            raise
-        finally:
-            self._traffic.proof = None
-            proof.set_result(dropped)
 
     async def _prove(self, life: Life) -> None:
         try:
             await self._weights.prove(life.client)
-        except WeightUpdateError:
+        except (WeightUpdateError, asyncio.CancelledError):
             with contextlib.suppress(EngineUnavailable):  # a server that is gone serves nobody
                 await life.client.halt()
             raise
 
     async def flush_cache(self) -> None:
-        self._check_open()
+        self._lives.check_open()
         if running := self._traffic.num_in_server:
             raise RequestRejected(f"engine {self._info.name}: {running} requests run on cached prefixes; wait or pause")
-        await self._on_server(lambda client: client.flush_cache())
+        await self._lives.call(lambda client: client.flush_cache())
 
     async def sleep(self, release: Sequence[Occupant]) -> None:
         self._check_can_sleep()
@@ -305,7 +304,7 @@ class ServerEngine:
             self._weights.whole = False  # what wakes up is memory, not weights
         self._set_gate()
         try:
-            await self._on_server(lambda client: client.sleep(release))
+            await self._lives.call(lambda client: client.sleep(release))
         except RequestRejected:  # it did not even begin
             self._asleep, self._weights.whole = before, was_whole
             self._set_gate()
@@ -314,29 +313,28 @@ class ServerEngine:
     async def wake(self, restore: Sequence[Occupant]) -> None:
         self._check_can_sleep()
         wanted = [occupant for occupant in restore if occupant in self._asleep]
-        if wanted and self._buried is None:
-            await self._on_server(lambda client: client.wake(wanted))
-        if wanted and self._buried is not None:
-            await self._unbury()
+        if wanted and not self._lives.is_buried:
+            await self._lives.call(lambda client: client.wake(wanted))
+        if wanted and self._lives.is_buried:
+            await self._wake_next_life()
         self._asleep -= set(wanted)
         self._set_gate()
+
+    async def _wake_next_life(self) -> None:
+        self._asleep.clear()
+        await self._lives.unbury()
 
     async def close(self) -> None:
         """Open requests fail with EngineUnavailable. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
-        self._set_gate()
-        self._traffic.look_again()
-        tasks = [task for task in (self._watch, self._revival) if task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        was_up = await self._lives.close()
         await self._stop_giving()
         serving = self._traffic.serving
         self._left_sessions |= self._traffic.forget_server()
         try:
-            if serving is not None and self._failure is None and not self._lifeline.is_ours:
+            if serving is not None and was_up and not self._lifeline.is_ours:
                 await self._close_left_sessions(serving.life)
         finally:
             await self._lifeline.stop(serving.life if serving else None)
@@ -345,40 +343,38 @@ class ServerEngine:
     # -- weights
 
     async def prepare_weights(self, update: WeightUpdate) -> None:
-        self._check_open()
+        self._lives.check_open()
         update = await self._weights.readable(update)
-        if self._prepares and self._is_up:
-            life = self._life
+        if self._prepares and self._lives.is_up:
+            life = self._lives.life
             try:
                 await self._weights.prepare(life, update)
             except WeightUpdateError:
-                if self._is_up and self._life is life:
+                if self._lives.is_up and self._lives.life is life:
                     raise
                 # The life that it was prepared for is over; the next one's update does it all.
 
     async def update_weights(self, update: WeightUpdate) -> None:
-        self._check_open()
+        self._lives.check_open()
         if not self._paused:
             raise WeightUpdateError(f"engine {self._info.name} must be paused for a weight update")
-        if "weights" in self._asleep and self._buried is None:
+        if "weights" in self._asleep and not self._lives.is_buried:
             raise WeightUpdateError(f"engine {self._info.name} sleeps and has no room for weights; wake them first")
         update = await self._weights.readable(update)
         # A server that is just coming up gets these weights rather than the last ones.
         before, self._weights.wanted = self._weights.wanted, update
-        if self._buried is not None:
-            await self._unbury()
-        await self._revived()
-        self._check_open()
+        if self._lives.is_buried:
+            await self._wake_next_life()
+        await self._lives.revived()
         if self._weights.has(update):
             return
-        life = self._life
+        life = self._lives.life
         try:
             await self._give(life, update)
         except (WeightUpdateError, EngineUnavailable) as exc:
             failure = exc if isinstance(exc, WeightUpdateError) else WeightUpdateError(str(exc))
             if await self._is_lost_to(life, update, exc):
-                await self._revived()
-                self._check_open()
+                await self._lives.revived()
                 if not self._weights.has(update):
                     raise failure from exc
             else:
@@ -391,9 +387,9 @@ class ServerEngine:
         """A server that died of an update, or was left with nobody knows which weights, is started again with it."""
         said = f"during an update to version {update.version}: {exc}"
         if self._lifeline.is_ours and isinstance(exc, WeightsTorn | EngineUnavailable):
-            self._begin_revival(life, said)
+            self._lives.lose(life, said)
             return True
-        return await self._lost(life, said)
+        return await self._lives.lost(life, said)
 
     async def _give(self, life: Life, update: WeightUpdate) -> None:
         """As a task of its own: a server that is lost meanwhile ends it."""
@@ -427,66 +423,9 @@ class ServerEngine:
 
     # -- the server's lives
 
-    async def _look_after(self, life: Life) -> None:
-        """Until this life is over."""
-        try:
-            reason = await self._lifeline.wait_dead(life)
-        except Exception as exc:  # the boundary of a task that nobody awaits: unwatched, an engine is lost
-            self._fail(exc)
-        else:
-            self._begin_revival(life, reason)
-
-    async def _answers(self, life: Life) -> bool:
-        return self._lifeline.is_running() and await life.client.is_healthy()
-
-    async def _lost(self, life: Life, reason: str) -> bool:
-        """An attempt or a call broke. False: the server answers, it was one connection. True, at once: the gate is
-        shut until a server is up again.
-        """
-        if self._is_up and self._life is life and await self._answers(life):
-            return False
-        self._begin_revival(life, reason)
-        return True
-
-    def _begin_revival(self, life: Life, reason: str) -> None:
-        if not self._is_up or self._life is not life or self._closed:
-            return
-        if self._watch is not None and self._watch is not asyncio.current_task():
-            self._watch.cancel()
-        self._watch = None
-        self._revival = asyncio.create_task(self._revive(life, reason), name=f"revive {self._info.name}")
-        self._set_gate()
-
-    async def _revived(self) -> None:
-        while self._revival is not None:
-            await asyncio.wait({self._revival})
-
-    async def _revive(self, life: Life, reason: str) -> None:
-        try:
-            await self._end(life)
-            if self._asleep and self._lifeline.is_ours:
-                self._buried = reason
-            else:
-                await self._begin_next_life(life, reason)
-        except Exception as exc:  # the one boundary: every caller gets it, chained
-            self._fail(exc)
-        finally:
-            self._revival = None
-            self._set_gate()
-            self._traffic.look_again()
-
-    async def _unbury(self) -> None:
-        """The next life after one that ended in its sleep. It is awake, all of it."""
-        assert self._buried is not None
-        reason, self._buried = self._buried, None
-        self._asleep.clear()
-        self._begin_revival(self._life, reason)
-        await self._revived()
-        self._check_open()
-
     async def _end(self, life: Life) -> None:
-        stays = not self._lifeline.is_ours
-        left = self._traffic.forget_server()
+        """Nothing is left of this life, of what the engine had of it."""
+        left, stays = self._traffic.forget_server(), not self._lifeline.is_ours
         if stays:
             self._left_sessions |= left
         else:
@@ -495,48 +434,10 @@ class ServerEngine:
         await self._stop_giving()
         self._weights.life_over(server_stays=stays)
 
-    async def _begin_next_life(self, life: Life, reason: str) -> None:
-        """Raises what can't be helped by one life more."""
-        tries = 0
-        while True:
-            tries += 1
-            try:
-                life = await self._lifeline.revive(life, reason)
-            except OutOfLives:
-                raise
-            except (EngineUnavailable, WeightUpdateError) as exc:
-                failure: EngineError = exc
-            else:
-                self._traffic.serving = Serving(life=life, version=self._weights.version)
-                found = await self._settle(life)
-                if found is None:
-                    return
-                failure = found
-            if not self._lifeline.is_ours and tries == MAX_TRIES:
-                raise failure
-            reason = str(failure)
-            await self._end(life)
-
-    async def _settle(self, life: Life) -> EngineError | None:
-        """The new life as far as it gets; why it is over already."""
-        try:
-            await self._bring_up_to_date(life)
-        except EngineUnavailable as exc:
-            return EngineUnavailable(await self._lifeline.account(str(exc)))
-        except WeightUpdateError as exc:
-            if (self._lifeline.is_ours and isinstance(exc, WeightsTorn)) or not await self._answers(life):
-                return exc
-            self._weights.distrust()
-            if not self._paused:
-                raise
-            # Whoever paused it meets this at `resume`, or gives it other weights.
-            logger.error("engine %s is up and did not take its weights: %s", self._info.name, exc)
-        self._watch = asyncio.create_task(self._look_after(life), name=f"watch {self._info.name}")
-        return None
-
     async def _bring_up_to_date(self, life: Life) -> None:
         """The current weights, or, where the trainer has moved on since, none: the next update opens the gate."""
         weights = self._weights
+        self._traffic.serving = Serving(life=life, version=weights.version)
         await life.client.halt()
         await self._close_left_sessions(life)
         if weights.wanted is None:
@@ -560,70 +461,39 @@ class ServerEngine:
             await life.client.release()
             await self._prove(life)
 
+    def _keep_without_weights(self, refusal: WeightUpdateError) -> None:
+        """Whoever paused the engine meets this at `resume`, or gives it other weights. Nobody would give any to one
+        that is waited for.
+        """
+        self._weights.distrust()
+        if not self._paused:
+            raise refusal
+        logger.error("engine %s is up and did not take its weights: %s", self._info.name, refusal)
+
     async def _close_left_sessions(self, life: Life) -> None:
         left, self._left_sessions = self._left_sessions, set()
         for session_id in sorted(left):
             with contextlib.suppress(EngineError):
                 await life.client.close_session(session_id)
 
-    def _fail(self, exc: Exception) -> None:
-        self._failure = exc
-        if not isinstance(exc, SkyRLError):
-            logger.error("engine %s is lost", self._info.name, exc_info=exc)
+    def _look_again(self) -> None:
         self._set_gate()
         self._traffic.look_again()
-
-    async def _on_server(self, call: Callable[[ServerClient], Awaitable[None]]) -> None:
-        """A control call that may be repeated; a server that is lost meanwhile is brought up and asked again. One that
-        ended in its sleep is asked nothing.
-        """
-        broke_in: Life | None = None
-        while True:
-            await self._revived()
-            self._check_open()
-            if self._buried is not None:
-                return
-            life = self._life
-            try:
-                await call(life.client)
-                return
-            except EngineUnavailable as exc:
-                if not await self._lost(life, str(exc)):
-                    if broke_in is life:
-                        raise
-                    broke_in = life
-                    await asyncio.sleep(FIRST_BUSY_WAIT_S)
 
     # -- small things
 
     @property
-    def _life(self) -> Life:
-        assert self._traffic.serving is not None, f"engine {self._info.name} was not started"
-        return self._traffic.serving.life
-
-    @property
-    def _is_up(self) -> bool:
-        """As far as anybody has noticed."""
-        return self._revival is None and self._buried is None and self._failure is None
-
-    @property
     def _may_serve(self) -> bool:
-        return self._is_up and self._weights.whole and not self._asleep
+        return self._lives.is_up and self._weights.whole and not self._asleep
 
     def _set_gate(self) -> None:
-        if self._traffic.serving is None or self._closed or not self._may_serve:
+        if self._traffic.serving is None or not self._may_serve:
             self._traffic.set_gate("shut")
         else:
             self._traffic.set_gate("draining" if self._draining else "shut" if self._paused else "open")
 
-    def _check_open(self) -> None:
-        if self._failure is not None:
-            raise EngineUnavailable(f"engine {self._info.name} is lost: {self._failure}") from self._failure
-        if self._closed:
-            raise EngineUnavailable(f"engine {self._info.name} is closed")
-
     def _check_can_sleep(self) -> None:
-        self._check_open()
+        self._lives.check_open()
         if "sleep" not in self._info.capabilities:
             raise RequestRejected(f"engine {self._info.name} can't sleep")
 

@@ -165,6 +165,7 @@ class Server:
                 request.answer.set_exception(EngineUnavailable("connection reset"))
         self.arriving.clear()
         self.running.clear()
+        self.sessions.clear()
 
     def arrive(self) -> None:
         self.running |= self.arriving
