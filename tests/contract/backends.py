@@ -28,13 +28,15 @@ from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.server.guard import command_line, descendants
 from skyrl_train.errors import ConfigError
 from tests.contract import models
-from tests.contract.under_test import Refused, UnderTest
+from tests.contract.under_test import NO_SERVER, Refused, UnderTest
 from tests.interpreters import engine_python
 from tests.tiny import make_tokenizer
 
 BACKENDS = ("embedded", "sglang", "vllm")
 SERVERS = ("sglang", "vllm")
 CONTEXT_LEN = 2048
+EAGLE_HEADS = {"sglang": "LlamaForCausalLMEagle", "vllm": "LlamaForCausalLM"}
+"""What each server calls the architecture of the same head."""
 ADAPTER_SEEDS = {"first": 7, "second": 8}
 
 
@@ -90,8 +92,9 @@ SETTINGS: dict[str, Setting] = {
         only=SERVERS,
     ),
     "eagle": Setting(
-        keys=_speculation("eagle", draft_model_path="{draft}", num_steps=3, eagle_topk=2, num_draft_tokens=6),
-        only=("sglang",),
+        keys=_speculation("eagle", draft_model_path="{head}", num_draft_tokens=4),
+        of={"sglang": _speculation("eagle", num_steps=3, eagle_topk=2, num_draft_tokens=6)},
+        only=SERVERS,
     ),
     "one_seat": Setting(
         keys={"max_num_seqs": 1},
@@ -99,8 +102,10 @@ SETTINGS: dict[str, Setting] = {
     ),
     "doomed": Setting(only=SERVERS),
 }
-NOT_THERE = {("embedded", "doomed"): "has no server"}
+NOT_THERE = {("embedded", "doomed"): NO_SERVER}
 """What needs no refusal, because there is nothing to ask for."""
+LABELS = {"plain": "auto"}
+"""How a setting is named in the table, if not by its own name: plain is what the backend takes by itself."""
 
 
 @asynccontextmanager
@@ -138,6 +143,8 @@ def _arguments(backend: str, setting: str, folder: Path) -> list[str]:
     keys = {**COMMON[backend], **SETTINGS[setting].keys, **SETTINGS[setting].of.get(backend, {})}
     if any("{draft}" in str(value) for value in keys.values()):
         models.save(models.nearly(models.policy()), folder / "draft")
+    if any("{head}" in str(value) for value in keys.values()):
+        models.save_eagle_head(folder / "head", EAGLE_HEADS.get(backend, ""))
     if "lora.paths" in keys:
         for name, seed in ADAPTER_SEEDS.items():
             models.save_adapter(models.adapter(seed), folder / name)
@@ -156,7 +163,7 @@ class _Folders(dict[str, str]):
     """{name} in a setting is a folder of that name."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__({name: str(root / name) for name in ("draft", *ADAPTER_SEEDS)})
+        super().__init__({name: str(root / name) for name in ("draft", "head", *ADAPTER_SEEDS)})
 
 
 def _as_overrides(keys: Mapping[str, Any]) -> list[str]:
@@ -175,7 +182,8 @@ def _release(backend: str) -> str:
     """Of the server in its own interpreter; its distribution for the CPU may have another name."""
     python = engine_python(backend)
     code = f"from importlib.metadata import version; print(version({backend!r}))"
-    return subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    answer = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    return answer.partition("+")[0]
 
 
 @asynccontextmanager

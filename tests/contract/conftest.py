@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 import pytest_asyncio
 
-from tests.contract.backends import BACKENDS, SERVERS, start
+from tests.contract.backends import BACKENDS, LABELS, SERVERS, start
 from tests.contract.record import Record
 from tests.contract.under_test import Case, Refused, UnderTest
 
@@ -52,7 +52,7 @@ async def case(under_test: UnderTest | Refused, request: pytest.FixtureRequest) 
     marker = request.node.get_closest_marker("capability")
     assert marker is not None, "a contract test names the capability that it is a part of"
     request.node.user_properties += [
-        ("contract-row", marker.args[0].format(setting=setting)),
+        ("contract-row", marker.args[0].format(setting=LABELS.get(setting, setting))),
         ("contract-backend", backend),
         ("contract-release", under_test.release),
     ]

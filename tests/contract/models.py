@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import LlamaConfig, PreTrainedModel
 
 from skyrl_train.types import AdapterWeights
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
 FEW_IDS = (65, 66, 67, 68, 69, 70, 71, 72)
@@ -61,6 +61,45 @@ def nearly(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
     for own, other in zip(draft.parameters(), model.parameters(), strict=True):
         own.copy_(other * (1 + 0.1 * torch.randn(other.shape, generator=generator)))
     return draft
+
+
+def save_eagle_head(folder: Path, architecture: str) -> Path:
+    """A head of one layer that drafts what the policy has just said: right wherever a text repeats one token.
+
+    `fc` [hidden, 2 * hidden] takes the policy's hidden state and leaves out the token's embedding, the layer adds
+    nothing. Embedding and last matrix are the policy's, which the server shares with it. SGLang's `fc` has a bias.
+    """
+    hidden, wide, size = 64, 128, 32
+    shapes = {
+        "self_attn.q_proj": (2 * size, hidden),
+        "self_attn.k_proj": (size, hidden),
+        "self_attn.v_proj": (size, hidden),
+        "self_attn.o_proj": (hidden, 2 * size),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    tensors = {f"layers.0.{name}.weight": torch.zeros(shape) for name, shape in shapes.items()}
+    tensors["layers.0.post_attention_layernorm.weight"] = torch.ones(hidden)
+    tensors["fc.weight"] = torch.cat((torch.zeros(hidden, hidden), torch.eye(hidden)), dim=1)
+    if architecture == "LlamaForCausalLMEagle":
+        tensors["fc.bias"] = torch.zeros(hidden)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden,
+        intermediate_size=wide,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=size,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        architectures=[architecture],
+        dtype="float32",
+    )
+    config.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 @torch.no_grad()

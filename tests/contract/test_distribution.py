@@ -31,7 +31,7 @@ async def test_temperature_reshapes_the_odds(case: Case) -> None:
     await _check_odds(case, temperature=0.6)
 
 
-@pytest.mark.capability("Speculation ({setting}): greedy answers are the same")
+@pytest.mark.capability("Speculation ({setting}) on a CPU: greedy answers are the same")
 @SPECULATION
 async def test_speculation_keeps_greedy_answers(case: Case) -> None:
     if case.is_refused():
@@ -47,7 +47,7 @@ async def test_speculation_keeps_greedy_answers(case: Case) -> None:
     assert accept_len is not None and accept_len > 1, "no draft was ever right: nothing was tested"
 
 
-@pytest.mark.capability("Speculation ({setting}): sampled answers keep the distribution")
+@pytest.mark.capability("Speculation ({setting}) on a CPU: sampled answers keep the distribution")
 @SPECULATION
 async def test_speculation_keeps_the_distribution(case: Case) -> None:
     """Where a server can't verify sampled drafts it must say so: an answer of another distribution is none."""

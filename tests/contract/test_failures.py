@@ -14,7 +14,7 @@ from skyrl_train.types import SessionRef
 from tests.contract import models
 from tests.contract.asking import MOMENTS, Ids, ask, assert_greedy, prompts
 from tests.contract.backends import refuse_before_start
-from tests.contract.under_test import Case
+from tests.contract.under_test import NO_SERVER, Case
 
 DOOMED = pytest.mark.setting("doomed")
 KILLED = pytest.mark.capability("A killed server is started again: nothing lost, nothing twice, current weights")
@@ -79,7 +79,7 @@ async def test_metrics_have_the_servers_own_names(case: Case) -> None:
     before = await case.engine.metrics_text()
     if case.on.backend == "embedded":
         assert before == ""
-        case.says_no()
+        case.says_no(NO_SERVER)
         return
     await case.engine.generate(ask([65, 66, 67], 12))
     after = await case.engine.metrics_text()

@@ -15,7 +15,7 @@ from tests.contract.asking import LONG, MOMENTS, Ids, ask, assert_greedy, prompt
 from tests.contract.under_test import Case
 
 PATHS = pytest.mark.setting("plain", "disk", "gloo")
-UPDATE = pytest.mark.capability("Weight updates: whole, under load ({setting})")
+UPDATE = pytest.mark.capability("Weight updates: whole, under load (weight_sync_backend={setting})")
 
 
 @UPDATE
@@ -124,7 +124,9 @@ async def test_what_an_update_does_not_name_stays(case: Case) -> None:
     assert_greedy(mixed, prompt, answer)
 
 
-@pytest.mark.capability("Weight updates that don't fit are refused and the next one heals")
+@pytest.mark.capability(
+    "Weight updates that don't fit are refused, the next one heals (weight_sync_backend={setting})"
+)
 @PATHS
 @pytest.mark.parametrize("fault", ["shape", "name"])
 async def test_a_refused_update_leaves_a_paused_engine_that_a_whole_one_heals(case: Case, fault: str) -> None:

@@ -16,7 +16,7 @@ from skyrl_train.types import Completion, GenerateRequest, NamedWeights, WeightU
 from skyrl_train.weight_sync.sync import sync_weights
 from tests.contract.asking import LIMIT, reference_rows
 
-SAYS_NO = "says it can't"
+SAYS_NO, NO_SERVER = "says it can't", "has no server"
 
 
 @dataclass(kw_only=True)
@@ -91,13 +91,13 @@ class Case:
     def is_refused(self) -> bool:
         """Whether the configuration refused this setting; such a test ends there."""
         if isinstance(self.on, Refused):
-            self.says_no()
+            self.says_no(NO_SERVER if self.on.message == NO_SERVER else SAYS_NO)
             return True
         return False
 
-    def says_no(self) -> None:
+    def says_no(self, value: str = SAYS_NO) -> None:
         """The engine says that it has no such capability: that is what the table will show."""
-        self.node.user_properties.append(("contract", SAYS_NO))
+        self.node.user_properties.append(("contract", value))
 
     async def can(self, capability: Capability, *refused: GenerateRequest) -> bool:
         """Whether the engine has it. One that hasn't must refuse these requests; the test ends there."""
