@@ -29,6 +29,7 @@ class Wire:
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def get(self, path: str, *, what: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
         async with self.exchange("GET", path, None, what=what, timeout_s=timeout_s) as response:
@@ -79,11 +80,15 @@ class Wire:
             ) from exc
 
     async def close(self) -> None:
+        """Calls that are under way break, and later ones are refused: nothing would close what they open."""
+        self._closed = True
         session, self._session = self._session, None
         if session is not None:
             await session.close()
 
     def _open(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise EngineUnavailable(f"{self.name}: the client of {self.url} was closed")
         if self._session is None:
             # The server bounds what runs at once, not the pool.
             self._session = aiohttp.ClientSession(

@@ -25,6 +25,7 @@ class Connection:
         self.base_url = base_url.rstrip("/")
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._sessions: dict[bool, aiohttp.ClientSession] = {}
+        self._closed = False
 
     async def post(
         self,
@@ -47,6 +48,8 @@ class Connection:
         return await self._call("GET", path, None, timeout_s, False)
 
     async def close(self) -> None:
+        """Calls that are under way break, and later ones are refused: nothing would close what they open."""
+        self._closed = True
         sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             await session.close()
@@ -84,6 +87,8 @@ class Connection:
             raise EngineUnavailable(f"{what}: the answer is no JSON: {text[:200]!r}") from exc
 
     def _open(self, pooled: bool) -> aiohttp.ClientSession:
+        if self._closed:
+            raise EngineUnavailable(f"the client of {self.base_url} was closed")
         session = self._sessions.get(pooled)
         if session is None or session.closed:
             connector = (
