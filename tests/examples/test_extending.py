@@ -143,6 +143,25 @@ def test_a_generator(folder: Path) -> None:
     assert rows[0]["train/num_loss_tokens"] > 32 * 2
 
 
+def test_tree_search_over_sessions_of_an_environment_of_several_turns(folder: Path) -> None:
+    rows = steps_of(
+        folder,
+        "search",
+        "generator.agent=skyrl_train.rollout.tree_search.TreeSearch",
+        "generator.sessions.enabled=true",
+        "generator.max_turns=4",
+        "generator.n_samples_per_prompt=2",
+        "trainer.train_batch_size=2",
+        "environment.env_class=my_environment:DigitByDigit",
+        "data.train_data=[rows.jsonl]",
+    )
+    for row in rows:
+        assert row["rollout/num_trajectories"] == 4 and row["environment/search_nodes"] == 64
+        # All that was sampled is trained on, once: the nodes, not the best paths alone.
+        assert row["train/num_loss_tokens"] == row["rollout/num_tokens"]
+        assert row["advantage/abs_max"] > 0 and row["policy/grad_norm"] > 0
+
+
 BROKEN = """
 import torch
 from skyrl_train.algorithms.policy_losses import TokenLosses
