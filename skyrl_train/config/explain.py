@@ -10,8 +10,10 @@ from skyrl_train.config.keys import read, schema_keys
 from skyrl_train.config.load import LoadedConfig
 from skyrl_train.config.machine import Machine, capability_report, this_machine
 from skyrl_train.config.plan import engine_commands, make_plan, plan_lines, shell
+from skyrl_train.config.schema import Config
 from skyrl_train.config.tables import value_text
 from skyrl_train.engines.sglang.releases import ASSUMED_RELEASE
+from skyrl_train.engines.vllm.derived import RECEIVER_FOLDER
 
 
 def render_explain(loaded: LoadedConfig, *, machine: Machine | None = None) -> str:
@@ -72,9 +74,18 @@ def _engine_lines(loaded: LoadedConfig) -> list[str]:
     commands = engine_commands(loaded.config, release=loaded.engine_release or ASSUMED_RELEASE)
     lines = [f"{generator.backend}-{index}: {shell(command)}" for index, command in enumerate(commands)]
     lines.append("host and port are added at start: 127.0.0.1 and a free one")
+    if by_hand := _needed_by_hand(loaded.config):
+        lines.append(f"started by hand it needs {by_hand} in its environment")
     if loaded.engine_release is None and generator.backend == "sglang":
         lines.append(f"no SGLang is installed here: arguments are those of {ASSUMED_RELEASE}")
     return lines
+
+
+def _needed_by_hand(config: Config) -> str:
+    """Without which the command doesn't start, or its server takes no weights."""
+    if config.generator.backend == "vllm":
+        return f"VLLM_SERVER_DEV_MODE=1 and PYTHONPATH={RECEIVER_FOLDER}"
+    return "" if config.trainer.placement.policy_num_gpus_per_node else "SGLANG_USE_CPU_ENGINE=1"
 
 
 def _in(tree: dict[str, Any], path: str) -> Any:

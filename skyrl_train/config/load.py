@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import yaml
@@ -43,6 +44,14 @@ class LoadedConfig:
     help: bool
     warnings: tuple[str, ...]
     engine_release: str | None
+
+    def by_user(self, path: str) -> bool:
+        """Whether the user set this key. In a mapping, as generator.engine_init_kwargs, the user set what is there."""
+        if path in self.sources:
+            return self.sources[path].by_user
+        mapping, _, name = path.rpartition(".")
+        inside = attrgetter(mapping)(self.config)
+        return name in {str(key).lstrip("-").replace("-", "_") for key in inside}
 
     def render_explain(self) -> str:
         """What `--explain` prints; the usage for `--help`."""

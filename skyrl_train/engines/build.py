@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +74,8 @@ async def build_server_engine(
     shape = read_model_shape(str(places.model))
     if shape is None:
         raise ConfigError(f"{places.model} has no config.json to read the model's vocabulary from")
+    if reference is not None:
+        _check_room(config, places)
     urls: list[str | None] = [None] * generator.num_inference_engines
     if not generator.run_engines_locally:
         urls = [_with_scheme(url) for url in generator.remote_inference_engine_urls]
@@ -88,6 +92,25 @@ async def build_server_engine(
     ends = end_token_ids(places.model, tokenizer) if generator.backend == "sglang" else ()
     engines = [_engine(config, server, places, shape, policy_version, reference, ends) for server in servers]
     return engines[0] if len(engines) == 1 else RoutedEngine(engines)
+
+
+def _check_room(config: Config, places: Places) -> None:
+    """Weights as a folder for each engine: found out in a moment here, after the servers' start there."""
+    generator = config.generator
+    adapter = config.trainer.policy.model.lora.rank and generator.lora.enabled
+    if generator.weight_sync_backend != "disk" or adapter:
+        return
+    dtype = getattr(torch, generator.model_dtype or "float32")
+    numbers = sum(math.prod(spec.shape) for spec in model_specs(places.model).values())
+    needed = generator.num_inference_engines * numbers * dtype.itemsize
+    # What an earlier run left there gives way.
+    left = sum(file.stat().st_size for file in places.weights.glob("*/weights-*/*"))
+    disk = next(folder for folder in (places.weights, *places.weights.resolve().parents) if folder.exists())
+    if (free := shutil.disk_usage(disk).free) + left < needed:
+        raise ConfigError(
+            f"generator.weight_sync_backend=disk writes {needed / 2**20:,.1f} MiB at each update to {places.weights}, "
+            f"and {free / 2**20:,.1f} MiB are free there; make room, or set trainer.run_path to another disk"
+        )
 
 
 async def _check_sampling(key: str, sampling: SamplingParams, server: ServerParts) -> None:

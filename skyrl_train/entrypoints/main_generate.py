@@ -70,9 +70,7 @@ def generate(loaded: LoadedConfig, run_dir: Path) -> int:
         dtype = getattr(torch, keys.policy.model.dtype or "float32")
         engine = engine_over(load_model(folder, dtype=dtype, device=device_of(config)), config, tokenizer)
     else:
-        engine = asyncio.run(
-            describe_servers(config, tokenizer, model_folder=folder, by_user=lambda key: loaded.sources[key].by_user)
-        )
+        engine = asyncio.run(describe_servers(config, tokenizer, model_folder=folder, by_user=loaded.by_user))
 
     async def answers() -> Rollouts:
         await engine.start()

@@ -127,7 +127,7 @@ def _run(loaded: LoadedConfig, run_dir: Path) -> int:
             learner,
             tokenizer,
             model_folder=model_folder,
-            by_user=lambda key: loaded.sources[key].by_user,
+            by_user=loaded.by_user,
         )
         progress.set_total(total_steps, first_step=first_step)
         if first_step:

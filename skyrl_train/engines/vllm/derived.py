@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
 
+RECEIVER_FOLDER = Path(__file__).parent / "inside"
+"""On the PYTHONPATH of every server."""
 SERVED_NAME = "policy"
 PROCESSED_LOGPROBS = "processed_logprobs"
 TRANSFER_BACKEND = "skyrl"

@@ -18,15 +18,13 @@ from skyrl_train.engines.vllm.answers import Decode
 from skyrl_train.engines.vllm.args import command_line, server_options
 from skyrl_train.engines.vllm.client import VLLMClient, release_of
 from skyrl_train.engines.vllm.connection import Connection
-from skyrl_train.engines.vllm.derived import max_adapters
+from skyrl_train.engines.vllm.derived import RECEIVER_FOLDER, max_adapters
 from skyrl_train.engines.vllm.installed import check_options, read_installed
 from skyrl_train.engines.vllm.traits import server_traits, verifies_greedy_only
 from skyrl_train.errors import ConfigError
 
 if TYPE_CHECKING:
     from skyrl_train.config.schema import Config
-
-RECEIVER_FOLDER = Path(__file__).parent / "inside"
 
 
 @dataclass(frozen=True, kw_only=True)

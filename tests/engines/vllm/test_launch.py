@@ -12,9 +12,9 @@ import pytest
 from skyrl_train.config import load_config
 from skyrl_train.config.plan import engine_commands
 from skyrl_train.engines.vllm.args import ARGUMENTS, server_options
-from skyrl_train.engines.vllm.derived import max_adapters
+from skyrl_train.engines.vllm.derived import RECEIVER_FOLDER, max_adapters
 from skyrl_train.engines.vllm.installed import InstalledVLLM, check_options, read_installed
-from skyrl_train.engines.vllm.launch import RECEIVER_FOLDER, server_environment, vllm_launch
+from skyrl_train.engines.vllm.launch import server_environment, vllm_launch
 from skyrl_train.engines.vllm.traits import server_traits, verifies_greedy_only
 from skyrl_train.errors import ConfigError
 from tests.tiny import make_model
