@@ -51,7 +51,7 @@ class Setting:
 
 SERVED = {"scheduling.enable_priority": True, "metrics.enabled": True, "sessions.enabled": True}
 COMMON: Mapping[str, Mapping[str, Any]] = {
-    "embedded": {"max_num_seqs": 64},
+    "embedded": {"max_num_seqs": 64, "sessions.enabled": True},
     "sglang": {
         "max_num_seqs": 64,
         "scheduling.enable_priority": True,

@@ -3,7 +3,8 @@
     request  [4 4] after r1  ──►  prompt [12 7 3 9 2 | 4 4]      12 7 3 9 are in the prefix cache: the path of r1
                                                                  2 was sampled and never read: it has no keys yet
 
-So a turn computes its new tokens and the last one of its parent's answer, and nothing else. A slot of the cache is one
+So a turn computes its new tokens and the last one of its parent's answer, and nothing else (a runner that is a step
+ahead of the host may have read that one too). A slot of the cache is one
 token: there are no partly filled pages to share, to copy on write, or to compute again.
 
 A pin is a preference, not a promise. Pinned keys are evicted when nothing else is left, because the book has their
