@@ -208,7 +208,7 @@ def test_to_yaml_holds_every_key() -> None:
 
 
 def test_who_set_a_key_is_known_also_inside_a_mapping() -> None:
-    loaded = load_config(["generator.backend=vllm", "+generator.engine_init_kwargs.max-num-seqs=3"])
+    loaded = load_config(["generator.backend=vllm", "+generator.engine_init_kwargs.async-scheduling=true"])
     assert loaded.by_user("generator.backend") and not loaded.by_user("generator.max_num_seqs")
-    assert loaded.by_user("generator.engine_init_kwargs.max_num_seqs")
+    assert loaded.by_user("generator.engine_init_kwargs.async_scheduling")
     assert not loaded.by_user("generator.engine_init_kwargs.enable_chunked_prefill"), "nobody asked for it"
