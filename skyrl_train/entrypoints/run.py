@@ -248,9 +248,11 @@ async def _train(
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
     finally:
-        if job.sessions is not None:
-            await job.sessions.close()
-        await job.engine.close()
+        try:
+            if job.sessions is not None:
+                await job.sessions.close()
+        finally:
+            await job.engine.close()
         loop.remove_signal_handler(signal.SIGINT)
         loop.remove_signal_handler(signal.SIGTERM)
 
