@@ -124,9 +124,7 @@ async def test_what_an_update_does_not_name_stays(case: Case) -> None:
     assert_greedy(mixed, prompt, answer)
 
 
-@pytest.mark.capability(
-    "Weight updates that don't fit are refused, the next one heals (weight_sync_backend={setting})"
-)
+@pytest.mark.capability("Weight updates that don't fit are refused, the next one heals (weight_sync_backend={setting})")
 @PATHS
 @pytest.mark.parametrize("fault", ["shape", "name"])
 async def test_a_refused_update_leaves_a_paused_engine_that_a_whole_one_heals(case: Case, fault: str) -> None:
