@@ -12,6 +12,7 @@ from skyrl_train.engines.base import PauseMode
 from skyrl_train.engines.server.engine import ServerEngine
 from skyrl_train.errors import WeightUpdateError
 from skyrl_train.types import Completion, GenerateRequest, SamplingParams, SessionRef, WeightUpdate
+from skyrl_train.weight_sync.sync import Turns, sync_weights
 from tests.engines.server.scripted import Machine, adapter, ask, assert_sampled, engine_over, named, run, settled
 
 NUM_STEPS = 60
@@ -150,12 +151,17 @@ class Story:
         self.control = asyncio.create_task(self._sync(self.version, mode))
 
     async def _sync(self, version: int, mode: PauseMode) -> None:
-        pausing = asyncio.create_task(self.engine.pause(mode))
-        await self._stepping(pausing)
+        turns = None
+        if not self.attached and self.random.random() < 0.3:
+            releases: Any = ("kv_cache",) if self.form is adapter else ("kv_cache", "weights")
+            turns = Turns(releases=releases, make_room=lambda: None)
+            await self._stepping(asyncio.create_task(turns.to_trainer(self.engine)))
+            await asyncio.sleep(self.random.choice([0.0, 0.5, 5.0]))
+        else:
+            await self._stepping(asyncio.create_task(self.engine.pause(mode)))
         written = self.num_writes
         try:
-            await self.engine.update_weights(self.update(version))
-            await self.engine.resume()
+            await sync_weights(self.engine, self.update(version), turns=turns)
         except WeightUpdateError:
             # Only where a server died and could not have them again: it waits for the next ones.
             assert self.num_writes > written
