@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -281,7 +281,8 @@ class Fleet:
             await engine.close()
             raise
         seconds = time.perf_counter() - start
-        self.report.log(f"{backend}, {variant}: up after {seconds:.1f} s, {engine.info}")
+        info = replace(engine.info, model=Path(engine.info.model).name)  # where it lies is this machine's affair
+        self.report.log(f"{backend}, {variant}: up after {seconds:.1f} s, {info}")
         return Ship(backend=backend, variant=variant, engine=engine, config=config, start_s=seconds)
 
     async def _close(self, key: tuple[str, str]) -> None:
