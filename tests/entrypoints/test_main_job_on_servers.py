@@ -136,6 +136,8 @@ def assert_engine_and_trainer_agree(row: dict[str, Any]) -> None:
     assert row["rollout/num_failed"] == 0
 
 
+# Slow, and apart from the others: that an update meets a request is a matter of how fast the two are here.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "sync"),
     [
