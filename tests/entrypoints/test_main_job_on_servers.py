@@ -142,7 +142,7 @@ def assert_engine_and_trainer_agree(row: dict[str, Any]) -> None:
     ("backend", "sync"),
     [
         ("sglang", ("generator.weight_sync_backend=disk", "generator.use_overlapped_weight_sync=true")),
-        # Room for one whole context in a step: prompts that were split over steps would end this server, see its traits.
+        # Room for a whole context in a step: prompts that were split over steps would end this server, see its traits.
         ("vllm", ("generator.weight_sync_backend=gloo", "generator.max_num_batched_tokens=128")),
     ],
     ids=["sglang-disk", "vllm-gloo"],
