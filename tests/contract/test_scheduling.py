@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.contract.asking import LONG, MOMENTS, ask, assert_greedy, prompts
+from tests.contract.asking import ask, assert_greedy, prompts
 from tests.contract.under_test import Case
 
 ONE_SEAT = pytest.mark.setting("one_seat")
@@ -24,12 +24,17 @@ async def test_the_higher_priority_is_served_first(case: Case) -> None:
         await case.engine.generate(ask(prompt, 8, priority=priority))
         served.append(priority)
 
-    task = asyncio.create_task(case.engine.generate(ask(first, LONG)))
-    await asyncio.sleep(MOMENTS[0])
-    tasks = []
-    for prompt, priority in zip(others, (0, 2, 1, 3), strict=True):
-        tasks.append(asyncio.create_task(one(prompt, priority)))
-        await asyncio.sleep(0.02)
+    # The one seat is taken until all others wait, however fast or busy the machine is.
+    longest = ask(first, 1500)
+    task = asyncio.create_task(case.engine.generate(longest))
+    while (await case.engine.stats()).num_running == 0:
+        await asyncio.sleep(0.01)
+    tasks = [asyncio.create_task(one(prompt, priority)) for prompt, priority in zip(others, (0, 2, 1, 3), strict=True)]
+    while (await case.engine.stats()).num_waiting < len(tasks):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.3)  # they are counted when they are sent
+    assert not task.done(), "the request that holds the seat ended too early"
+    await case.engine.abort([longest.request_id])
     await asyncio.gather(*tasks)
     await task
     assert served == [3, 2, 1, 0]
