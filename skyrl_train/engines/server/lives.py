@@ -106,17 +106,17 @@ class Lives:
         """
         if self.is_up and self._life is life and await self.answers(life):
             return False
-        self.lose(life, reason)
+        self.lose(life, reason, is_ending=True)
         return True
 
-    def lose(self, life: Life, reason: str) -> None:
-        """This life is over, whatever its server says."""
+    def lose(self, life: Life, reason: str, *, is_ending: bool = False) -> None:
+        """This life is over, whatever its server says. `is_ending`: its end is on its way and will say more."""
         if not self.is_up or self._life is not life:
             return
         if self._watch is not None and self._watch is not asyncio.current_task():
             self._watch.cancel()
         self._watch = None
-        self._revival = asyncio.create_task(self._revive(life, reason), name=f"revive {self._name}")
+        self._revival = asyncio.create_task(self._revive(life, reason, is_ending), name=f"revive {self._name}")
         self._changed()
 
     async def revived(self) -> None:
@@ -171,8 +171,10 @@ class Lives:
         else:
             self.lose(life, reason)
 
-    async def _revive(self, life: Life, reason: str) -> None:
+    async def _revive(self, life: Life, reason: str, is_ending: bool) -> None:
         try:
+            if is_ending:
+                reason = await self._lifeline.account(reason)
             await self._ended(life)
             if self._sleeps() and self._lifeline.is_ours:
                 self._buried = reason
