@@ -26,6 +26,7 @@ from skyrl_train.engines.embedded.stops import NO_ID
 from skyrl_train.engines.embedded.uniforms import uniforms
 
 Indices = npt.NDArray[np.intp]
+Ints = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Picked = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
@@ -44,25 +45,27 @@ class Sampler:
         self._pick: Pick = pick if native is None else NativePick(native)
 
     def sample(
-        self, logits: torch.Tensor, seats: Seats, chosen: Indices
+        self, logits: torch.Tensor, seats: Seats, chosen: Indices, known: Ints | None = None
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
         """Next tokens [n] and their log-probabilities [n] for the rows of the seats `chosen` [n]; logits [n, V].
 
-        Raises FloatingPointError where the model's logits are not finite.
+        Row i follows the first `known[i]` tokens of its seat, all that are known if it is None; a seat may have several
+        rows. Raises FloatingPointError where the model's logits are not finite.
         """
         table = seats.sampling
+        known = seats.length[chosen] if known is None else known
         raw = logits.float()
         draw = raw
         temperature = table.temperature[chosen]
         if table.penalises[chosen].any():
-            draw = penalised(draw, seats, chosen)
-        banned = banned_ids(seats, chosen)
+            draw = penalised(draw, seats, chosen, known)
+        banned = banned_ids(seats, chosen, known)
         if banned is not None:
             draw = draw.clone() if draw is raw else draw
             draw[banned] = -torch.inf
         if table.truncates[chosen].any():
             draw = truncated(draw, table, chosen)
-        index = seats.length[chosen] - seats.prompt_len[chosen]
+        index = known - seats.prompt_len[chosen]
         tokens, logprobs = self._pick(draw, raw, temperature, uniforms(table.key[chosen], index))
         if not np.isfinite(logprobs).all():
             bad = seats.owners[chosen[np.nonzero(~np.isfinite(logprobs))[0][0]]]
@@ -116,9 +119,9 @@ class NativePick:
         return tokens, logprobs
 
 
-def banned_ids(seats: Seats, chosen: Indices) -> tuple[torch.Tensor, torch.Tensor] | None:
+def banned_ids(seats: Seats, chosen: Indices, known: Ints) -> tuple[torch.Tensor, torch.Tensor] | None:
     """(rows, token ids) of end tokens that come too early for min_new_tokens."""
-    early = np.nonzero(seats.length[chosen] < seats.min_len[chosen])[0]
+    early = np.nonzero(known < seats.min_len[chosen])[0]
     if not len(early):
         return None
     ids = seats.stops.ids[chosen[early]]
@@ -136,20 +139,19 @@ def inverse_cdf(scaled: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(cumulative, target[:, None], right=True)[:, 0]
 
 
-def penalised(logits: torch.Tensor, seats: Seats, chosen: Indices) -> torch.Tensor:
+def penalised(logits: torch.Tensor, seats: Seats, chosen: Indices, known: Ints) -> torch.Tensor:
     """Repetition on prompt and answer (Keskar et al. 2019, CTRL), presence and frequency on the answer."""
     table = seats.sampling
     rows = np.nonzero(table.penalises[chosen])[0]
-    chosen = chosen[rows]
-    length = seats.length[chosen]
+    chosen, length = chosen[rows], known[rows]
     width = int(length.max())
     tokens = torch.from_numpy(seats.tokens[chosen, :width].astype(np.int64))
     position = np.arange(width)[None]
-    known = torch.from_numpy(position < length[:, None])
-    answer = known & torch.from_numpy(position >= seats.prompt_len[chosen, None])
+    text = torch.from_numpy(position < length[:, None])
+    answer = text & torch.from_numpy(position >= seats.prompt_len[chosen, None])
 
     part = logits[rows]
-    seen = torch.zeros_like(part).scatter_add_(1, tokens, known.float()) > 0
+    seen = torch.zeros_like(part).scatter_add_(1, tokens, text.float()) > 0
     count = torch.zeros_like(part).scatter_add_(1, tokens, answer.float())
     repetition = torch.from_numpy(table.repetition[chosen])[:, None]
     part = torch.where(seen, torch.where(part > 0, part / repetition, part * repetition), part)

@@ -159,7 +159,7 @@ def test_logits_that_are_not_finite_raise(sampler: str) -> None:
 def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     prompt, answer = (3, 5, 5), (8, 0)
     seats = seat_all(1, prompt, answer, repetition_penalty=penalty, temperature=0.0)
-    found = penalised(LOGITS[None].clone(), seats, np.array([0]))
+    found = penalised(LOGITS[None].clone(), seats, np.array([0]), seats.length[:1])
     processor = RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor([[*prompt, *answer]]), LOGITS[None].clone())
     assert torch.allclose(found, expected)
@@ -168,7 +168,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
 def test_presence_and_frequency_count_the_answer_only() -> None:
     seats = seat_all(2, (3, 5, 5), (8, 8, 0), presence_penalty=0.5, frequency_penalty=0.25)
     seats.sampling.penalises[1] = False
-    found = penalised(LOGITS.expand(2, VOCAB).clone(), seats, np.arange(2))
+    found = penalised(LOGITS.expand(2, VOCAB).clone(), seats, np.arange(2), seats.length[:2])
     expected = LOGITS.clone()
     expected[8] -= 0.5 + 2 * 0.25
     expected[0] -= 0.5 + 0.25
