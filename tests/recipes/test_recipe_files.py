@@ -66,8 +66,8 @@ def test_ppo_trains_a_critic_and_pays_the_kl_from_the_reward(taught: Path, tmp_p
 def test_each_learns_the_built_in_task(name: str, tmp_path: Path) -> None:
     """50 steps, 20 to 50 s on one core, held-out accuracy from about 30 % to 64 to 93 %.
 
-    Seeds 42, 1, 2, 3: dapo 92 81 87 90 %, dr_grpo 88 76 76 87 %, ppo 90 64 74 85 %. Another processor rounds otherwise and is
-    another seed in effect, so the bound is under them all, and far over where each began.
+    Seeds 42, 1, 2, 3: dapo 92 81 87 90 %, dr_grpo 88 76 76 87 %, ppo 90 64 74 85 %. Another processor rounds
+    otherwise and is another seed in effect, so the bound is under them all, and far over where each began.
     """
     command = ["--config-path", str(FOLDER), "--config-name", name, f"trainer.run_path={tmp_path}"]
     command += ["trainer.max_steps=50", "trainer.eval_interval=50", "trainer.ckpt_interval=-1"]
