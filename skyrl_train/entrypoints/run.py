@@ -52,6 +52,7 @@ from skyrl_train.observability.tracing import traced
 from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.pipeline import RolloutPipeline
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
+from skyrl_train.training.checkpoint import CheckpointStore
 from skyrl_train.weight_sync.sync import sync_weights
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,9 @@ def run(loaded: LoadedConfig, body: Callable[[LoadedConfig, Path], int] | None =
         with _only_run_in(run_dir), traced(collector, run=loaded.config.trainer.run_name):
             return (body or _run)(loaded, run_dir)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        saved = CheckpointStore(str(loaded.config.trainer.ckpt_path)).steps()
+        what = "goes on from the last checkpoint" if saved else "starts anew: there is no checkpoint yet"
+        print(f"stopped; the same command {what}", file=sys.stderr)
         return INTERRUPTED
     except (SkyRLError, ExceptionGroup) as exc:
         # Many trajectories can fail of one cause; what is not ours is a bug and keeps its traceback.

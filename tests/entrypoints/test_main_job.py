@@ -158,6 +158,16 @@ def test_ctrl_c_ends_after_the_step_with_a_checkpoint_and_the_same_command_goes_
     assert_equal_runs(whole, run_path)
 
 
+def test_ctrl_c_before_the_first_checkpoint_promises_none(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    assert run(load_config(arguments(inputs, tmp_path)), interrupted) == INTERRUPTED
+    assert "the same command starts anew: there is no checkpoint yet" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_not_trained_again(whole: Path, inputs: Path) -> None:
     before = (whole / "metrics.jsonl").read_bytes()
     assert run(load_config(arguments(inputs, whole))) == DONE
