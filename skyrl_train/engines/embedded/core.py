@@ -21,6 +21,7 @@ from skyrl_train.engines.embedded.backends import native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
+from skyrl_train.engines.embedded.rules.rule import tell
 from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.sessions import EmbeddedSessions
@@ -241,6 +242,8 @@ class EngineCore:
         seats.logprobs[chosen, length] = logprobs
         seats.length[chosen] = length + 1
         self._num_generated += len(chosen)
+        if seats.rules:
+            tell(seats.rules, chosen, tokens)
         may_stop = length >= seats.min_len[chosen]
         stopped = seats.stops.hits(chosen, tokens) & may_stop
         done = stopped | (length + 1 >= seats.max_len[chosen])

@@ -4,8 +4,8 @@
     device        step k ........ | step k+1 .......... | step k+2 ........... |
 
 What a decode step needs to know of the step before it stays on the device: the last token of each seat. So nothing
-waits for a token to reach the host; only requests with penalties, truncation or a minimal length do, because the
-host samples for them (`must_settle`).
+waits for a token to reach the host; only requests with a rule, penalties, truncation or a minimal length do, because
+the host samples for them (`must_settle`).
 
 A graph is captured for each of a few batch sizes; a step is padded up to the next with rows of a seat and a slot
 that belong to nobody. Weights are read where they lie, so a graph stays valid over in-place updates.
@@ -160,13 +160,13 @@ class CudaRunner:
         if not flying.any():
             return False
         table = seats.sampling
-        by_host = table.penalises | table.truncates | (seats.length < seats.min_len)
+        by_host = table.penalises | table.truncates | seats.has_rule | (seats.length < seats.min_len)
         return bool((flying & by_host).any())
 
     def launch(self, plan: StepPlan) -> TokensOnTheWay | None:
         chosen = plan.sample_seats
         seats, table = self._seats, self._seats.sampling
-        by_host = (table.penalises | table.truncates | (seats.length < seats.min_len))[chosen].any()
+        by_host = (table.penalises | table.truncates | seats.has_rule | (seats.length < seats.min_len))[chosen].any()
         with torch.no_grad():
             if not plan.chunks and not by_host:
                 tokens, logprobs = self._replay(plan.decode_seats)
@@ -312,7 +312,7 @@ class CudaRunner:
         return tokens, logprobs
 
     def _sample_by_host(self, logits: torch.Tensor, chosen: npt.NDArray[np.intp]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Penalties, truncation and early end tokens: the CPU's sampler, on a copy of the logits. Slow, exact."""
+        """Rules, penalties, truncation and early end tokens: the CPU's sampler, on a copy of the logits. Slow, exact."""
         tokens, logprobs = self._slow_sampler.sample(logits.float().cpu(), self._seats, chosen)
         on_device = self._to_device(tokens)
         self._last_token[self._to_device(chosen)] = on_device

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from skyrl_train.engines.embedded.radix_cache import Node
+from skyrl_train.engines.embedded.rules.rule import LogitRule
 from skyrl_train.engines.embedded.sampling_table import SamplingTable
 from skyrl_train.engines.embedded.stops import StopTable
 from skyrl_train.types import Completion, FinishReason, GenerateRequest, VersionSpan
@@ -45,6 +46,8 @@ class RequestState:
     num_cached_tokens: int | None = None
     version_marks: list[tuple[int, int]] = field(default_factory=list)
     """(policy version, answer tokens that older versions had made)."""
+    rule: LogitRule | None = None
+    """It has been told every token of the answer."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -86,6 +89,8 @@ class Seats:
         self.sampling = SamplingTable(num_seats)
         self.stops = StopTable(num_seats, eos_ids)
         self.owners: list[RequestState | None] = [None] * num_seats
+        self.rules: dict[int, LogitRule] = {}
+        self.has_rule = np.zeros(num_seats, dtype=bool)
         self._free = list(range(num_seats - 1, -1, -1))
 
     @property
@@ -109,6 +114,9 @@ class Seats:
         self.sampling.set(seat, sampling, state.seed)
         self.stops.set(seat, sampling)
         self.owners[seat] = state
+        self.has_rule[seat] = state.rule is not None
+        if state.rule is not None:
+            self.rules[seat] = state.rule
         state.seat = seat
         return seat
 
@@ -120,6 +128,8 @@ class Seats:
         state.logprobs = self.logprobs[seat, :n].copy()
         state.seat = NO_SEAT
         self.owners[seat] = None
+        self.rules.pop(seat, None)
+        self.has_rule[seat] = False
         self.in_flight[seat] = 0
         self.tenancy[seat] += 1
         self._free.append(seat)

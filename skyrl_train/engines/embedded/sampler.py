@@ -1,11 +1,12 @@
 """From logits to one token a row, exactly and reproducibly.
 
-For each row: penalties on the logits, division by the temperature, top-k, top-p, min-p; then the inverse of the
-cumulative distribution at one uniform number, which depends on the request's seed and the token's index alone.
+For each row: the request's rule (see rules), penalties on the logits, division by the temperature, top-k, top-p,
+min-p; then the inverse of the cumulative distribution at one uniform number, which depends on the request's seed and
+the token's index alone.
 Truncation removes tokens and keeps the order of the others, so a seed gives the same token whether a filter that
 removes nothing is on or off.
 
-The log-probability of the token is that under softmax(logits / temperature), before penalties and truncation;
+The log-probability of the token is that under softmax(logits / temperature), before rules, penalties and truncation;
 a greedy row counts as temperature 1.
 
 Shapes: n rows, V words.
@@ -21,6 +22,7 @@ import numpy.typing as npt
 import torch
 
 from skyrl_train.engines.embedded.request import Seats
+from skyrl_train.engines.embedded.rules.rule import ruled
 from skyrl_train.engines.embedded.sampling_table import SamplingTable
 from skyrl_train.engines.embedded.stops import NO_ID
 from skyrl_train.engines.embedded.uniforms import uniforms
@@ -57,6 +59,8 @@ class Sampler:
         raw = logits.float()
         draw = raw
         temperature = table.temperature[chosen]
+        if seats.rules:
+            draw = ruled(draw, seats.rules, chosen)
         if table.penalises[chosen].any():
             draw = penalised(draw, seats, chosen, known)
         banned = banned_ids(seats, chosen, known)

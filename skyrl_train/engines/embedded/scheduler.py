@@ -332,6 +332,8 @@ class Scheduler:
         for state in self.running():
             seat, allocated = state.seat, int(seats.allocated[state.seat])
             assert seats.owners[seat] is state
+            assert seats.rules.get(seat) is state.rule and seats.has_rule[seat] == (state.rule is not None)
+            assert state.rule is None or state.rule.num_taken == seats.length[seat] - seats.prompt_len[seat]
             assert (seat in self._decoding) != (state in self._prefilling), "decoding and prefilling exclude each other"
             assert seats.computed[seat] <= seats.length[seat] + seats.in_flight[seat]
             assert seats.length[seat] <= seats.max_len[seat]
@@ -356,3 +358,5 @@ class Scheduler:
         queued = self.waiting()
         assert all(state.seat < 0 and state.node is None for state in queued)
         assert len(queued) == self.num_waiting
+        ruled = [state for state in self.running() if state.rule is not None]
+        assert len(seats.rules) == len(ruled) == seats.has_rule.sum(), "a rule on a seat that nobody has"
