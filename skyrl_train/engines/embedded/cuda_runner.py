@@ -312,7 +312,7 @@ class CudaRunner:
         return tokens, logprobs
 
     def _sample_by_host(self, logits: torch.Tensor, chosen: npt.NDArray[np.intp]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rules, penalties, truncation and early end tokens: the CPU's sampler, on a copy of the logits. Slow, exact."""
+        """Rules, penalties, truncation, early end tokens: the CPU's sampler, on a copy of the logits. Slow, exact."""
         tokens, logprobs = self._slow_sampler.sample(logits.float().cpu(), self._seats, chosen)
         on_device = self._to_device(tokens)
         self._last_token[self._to_device(chosen)] = on_device
