@@ -7,6 +7,9 @@ A node's slots hold the keys and values of its tokens. `ref_count` counts the ru
 passes through the node; a node with references is never evicted, and neither are its ancestors. Leaves
 without references are evicted, least recently used first, from their end, token by token if need be.
 
+Keys depend on the weights that made them, and adapters change weights: each namespace (an adapter's number) has a root
+of its own, under which nothing of another namespace is ever found. Slots, ages and the order of eviction are common.
+
 `num_pins` counts the pins whose path passes through the node. A pin asks for its path to be kept: pinned leaves are
 evicted after all others, and only then. What is left of the path keeps the pin, which moves up to where that ends.
 """
@@ -22,6 +25,9 @@ import numpy.typing as npt
 from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
 
 Tokens = npt.NDArray[np.int32]
+
+BASE = 0
+"""The namespace of the model without an adapter."""
 
 
 class Pin:
@@ -62,6 +68,7 @@ class RadixCache:
         self._serial = 0
         self._clock = 0
         self.root = Node(None, _EMPTY, _EMPTY, 0)
+        self._roots = {BASE: self.root}
         self.num_evictable = 0
         self.num_locked = 0
         self.num_pinned = 0
@@ -71,8 +78,14 @@ class RadixCache:
         self._num_nodes = 0
         self._heap: list[tuple[tuple[bool, int, int], Node]] = []
 
+    def root_of(self, namespace: int) -> Node:
+        """Where the prompts of a namespace begin; `root` is the one of BASE."""
+        if namespace not in self._roots:
+            self._roots[namespace] = Node(None, _EMPTY, _EMPTY, 0)
+        return self._roots[namespace]
+
     def match(self, tokens: Tokens, below: Node | None = None) -> tuple[Node, Slots]:
-        """The deepest node on the path of `tokens` (from the root or `below`), and the slots of what matched.
+        """The deepest node on the path of `tokens` (from BASE's root or `below`), and the slots of what matched.
 
         A node that matches in part is split, so the prefix always ends at a node. Lock it before anything is
         allocated: allocation may evict what nobody holds.
@@ -196,27 +209,36 @@ class RadixCache:
     def flush(self) -> None:
         """Forget everything. No node may be locked. Pins stay, with nothing under them."""
         assert self.num_locked == 0, f"{self.num_locked} tokens are in use"
-        for node in self.nodes():
-            self._pool.free(node.slots)
-            node.parent = None
-            self._move_pins(node, self.root)
-        self.root.children.clear()
+        for namespace in list(self._roots):
+            self.forget(namespace)
         self._heap.clear()
-        self._num_nodes = 0
-        self.num_evictable = self.num_pinned = 0
+        assert self._num_nodes == self.num_evictable == self.num_pinned == 0
         self.num_flushes_total += 1
 
+    def forget(self, namespace: int) -> None:
+        """Everything under its root: the weights that made it are gone. None of it may be locked. Pins stay."""
+        root = self._roots.get(namespace, self.root)
+        for node in _below(root):
+            assert node.ref_count == 0, f"{len(node.tokens)} tokens are in use"
+            self._pool.free(node.slots)
+            self._num_nodes -= 1
+            self.num_evictable -= len(node.tokens)
+            self.num_pinned -= len(node.tokens) if node.num_pins else 0
+            node.parent = None
+            self._move_pins(node, self.root)
+        self._move_pins(root, self.root)
+        root.children.clear()
+        if root is not self.root:
+            del self._roots[namespace]
+
     def nodes(self) -> Iterator[Node]:
-        """All nodes but the root."""
-        stack = list(self.root.children.values())
-        while stack:
-            node = stack.pop()
-            stack.extend(node.children.values())
-            yield node
+        """All nodes but the roots."""
+        return (node for root in self._roots.values() for node in _below(root))
 
     def check_integrity(self) -> None:
         evictable = locked = pinned = num_nodes = 0
-        num_pins = len(self.root.pins)
+        num_pins = sum(len(root.pins) for root in self._roots.values())
+        assert all(root.parent is None and not root.ref_count for root in self._roots.values())
         for node in self.nodes():
             assert node.parent is not None and node.parent.children[int(node.tokens[0])] is node
             assert len(node.tokens) == len(node.slots) > 0
@@ -284,6 +306,8 @@ class RadixCache:
 
     def _move_pins(self, node: Node, ancestor: Node) -> None:
         """Up from a node that is gone; the ancestor has counted them already."""
+        if node is ancestor:
+            return
         for pin in node.pins:
             pin.node = ancestor
         ancestor.pins |= node.pins
@@ -291,6 +315,14 @@ class RadixCache:
 
 
 _EMPTY: Slots = np.empty(0, dtype=np.int32)
+
+
+def _below(root: Node) -> Iterator[Node]:
+    stack = list(root.children.values())
+    while stack:
+        node = stack.pop()
+        stack.extend(node.children.values())
+        yield node
 
 
 def _common_prefix(a: Tokens, b: Tokens) -> int:
