@@ -36,7 +36,8 @@ class Drafts:
     """Guesses for n seats. Row i has `counts[i]` of them; what stands behind is filler.
 
     `parents[i, j]` < j is the guess that guess j follows, ROOT the last known token: a chain is -1 0 1 2, a tree of two
-    first guesses of which the first goes on -1 -1 0. Guesses with one parent differ.
+    first guesses of which the first goes on -1 -1 0. Guesses with one parent differ. Guess j of seat s has its keys and
+    values, the model's and the drafter's, in slot `seats.slots[s, seats.length[s] + j]`, whatever its depth.
     """
 
     tokens: Ints  # [n, K]
@@ -48,7 +49,8 @@ class Drafts:
 class FollowedRows:
     """Rows that the model computed in this step, guesses included: their tokens, where their keys are, and `hidden`.
 
-    `hidden` [T, len(taps) * H] joins the outputs of the layers that the drafter taps; None where it taps none.
+    `hidden` [T, len(taps) * H] joins the outputs of the layers that the drafter taps; None where it taps none. With
+    trees in it a seat has several runs of rows in `batch`, each with a line of its own in `batch.slot_table`.
     """
 
     token_ids: torch.Tensor  # [T] int64
@@ -66,10 +68,20 @@ class Drafter(Protocol):
     max_tokens: int
     """K: guesses for one request in one step at most."""
     taps: tuple[int, ...]
-    """Indices of the decoder layers whose outputs `follow` reads; -1 is the input of the first."""
+    """Indices of the decoder layers whose outputs `follow` reads; -1 is the input of the first, and the number of
+    layers is what the final norm makes of the last one's output."""
+    bytes_per_token: int
+    """Of its own keys and values; 0 if it has none. The pools are sized by it."""
+
+    def allocate(self, num_slots: int) -> None:
+        """Called once, before all else: the model's pool has so many slots, and one more that belongs to nobody."""
+        ...
 
     def propose(self, seats: Seats, chosen: Indices, room: Ints) -> Drafts:
-        """Guesses for the seats `chosen` [n], at most `room` [n] each. Nothing is in flight."""
+        """Guesses for the seats `chosen` [n], at most `room` [n] each, which is 1 or more. Nothing is in flight.
+
+        Slots for `room` guesses are there. Keys of known tokens but the last one are in the model's pool.
+        """
         ...
 
     def follow(self, rows: FollowedRows) -> None:
