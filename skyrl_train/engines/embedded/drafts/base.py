@@ -15,6 +15,7 @@ Shapes: n seats, K guesses at most, T rows of a step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -70,12 +71,6 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
     """Indices of the decoder layers whose outputs `follow` reads; -1 is the input of the first, and the number of
     layers is what the final norm makes of the last one's output."""
-    bytes_per_token: int
-    """Of its own keys and values; 0 if it has none. The pools are sized by it."""
-
-    def allocate(self, num_slots: int) -> None:
-        """Called once, before all else: the model's pool has so many slots, and one more that belongs to nobody."""
-        ...
 
     def propose(self, seats: Seats, chosen: Indices, room: Ints) -> Drafts:
         """Guesses for the seats `chosen` [n], at most `room` [n] each, which is 1 or more. Nothing is in flight.
@@ -91,3 +86,15 @@ class Drafter(Protocol):
     def weights_changed(self) -> None:
         """The model's weights were updated; all keys are gone."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftSource:
+    """A drafter that is still to be made: the pools are sized together, by what a token takes in each.
+
+    `make(num_slots, num_seats)`: the model's pool has so many slots and one more that belongs to nobody, and so many
+    requests run at once. `bytes_per_token` of the drafter's own keys and values, 0 if it has none.
+    """
+
+    bytes_per_token: int
+    make: Callable[[int, int], Drafter]
