@@ -18,7 +18,7 @@ import torch
 
 from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
 from skyrl_train.engines.embedded.backends import native_or_warn
-from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens
+from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens, resolve_packing
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.rules.rule import tell
@@ -82,7 +82,7 @@ class EngineCore:
         model_config: Any = model.config
         device = next(model.parameters()).device
         native = native_or_warn(device)
-        inference_model = InferenceModel(model, native)
+        inference_model = InferenceModel(model, native, packs_weights=resolve_packing(config, model))
         layers = probe_layers(inference_model)
         self.context_len = resolve_context_len(config, model_config)
         pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device), device)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from skyrl_train.engines.embedded.packed_linear import PackedMatrix
+
 LANES = 16
 TOLERANCE = 2e-6
 
@@ -107,9 +109,16 @@ class FusedGatedMLP(nn.Module):
         super().__init__()
         self._modules = original._modules
         self._kernels = kernels
+        self.pair: PackedMatrix | None = None
+        """silu(gate(x)) * up(x) in one product, where the two are plain linear maps."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: dict[str, Any] = self._modules
+        if self.pair is not None and not _is_hooked(parts["gate_proj"]) and not _is_hooked(parts["up_proj"]):
+            product = self.pair(x)
+            if product is not None:
+                narrowed: torch.Tensor = parts["down_proj"](product)
+                return narrowed
         gate, up = parts["gate_proj"](x), parts["up_proj"](x)
         if is_plain(gate) and is_plain(up) and gate.numel() % LANES == 0:
             gated = self._kernels.silu_times(gate, up)
@@ -119,6 +128,10 @@ class FusedGatedMLP(nn.Module):
         return out
 
     __call__ = forward
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @torch.no_grad()

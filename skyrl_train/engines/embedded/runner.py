@@ -120,7 +120,7 @@ class ModelRunner:
         return False
 
     def weights_changed(self) -> None:
-        self._model.refresh()
+        self._model.weights_changed()
 
     def launch(self, plan: StepPlan) -> ReadyTokens | None:
         logits = self.logits(plan)

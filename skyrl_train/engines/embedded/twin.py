@@ -7,7 +7,8 @@
 
 The twin is always in evaluation mode, whatever mode the trainer's module is in. The original is never changed: not
 its modules, its mode, or its globals. Parameters are found through the original's own dictionaries, so assigning a new
-Parameter there is seen here; replacing whole submodules is not, until `refresh`.
+Parameter there is seen here; replacing whole submodules is not, until `refresh`. With packed copies of the weights
+(see packed_linear) every update must end in `weights_changed`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 
 from skyrl_train.engines.embedded.fused import Kernels, as_gated_mlp, as_rms_norm, as_rotary
+from skyrl_train.engines.embedded.packed_linear import PackedMatrix, Packing, can_pack, can_pack_pair
 
 ROTARY = "apply_rotary_pos_emb"
 """transformers' attention modules look this function up in their file's globals."""
@@ -28,13 +30,19 @@ ROTARY = "apply_rotary_pos_emb"
 class InferenceModel:
     """The trainer's module and its twin. Without native kernels the twin differs in mode only."""
 
-    def __init__(self, original: nn.Module, native: ctypes.CDLL | None) -> None:
+    def __init__(self, original: nn.Module, native: ctypes.CDLL | None, *, packs_weights: bool = False) -> None:
         self.original = original
         self._native = native
+        self._packs_weights = packs_weights
         self._build()
 
     def __call__(self, **inputs: Any) -> Any:
         return self.twin(**inputs)
+
+    def weights_changed(self) -> None:
+        """The weights were updated in place, and submodules perhaps replaced."""
+        if not self.refresh() and self.packing is not None:
+            self.packing.mark_stale()
 
     def refresh(self) -> bool:
         """Build the twin again if submodules were replaced since; whether they were."""
@@ -45,7 +53,10 @@ class InferenceModel:
 
     def _build(self) -> None:
         self._fingerprint = _fingerprint(self.original)
-        self.twin = _TwinBuilder(None if self._native is None else Kernels(self._native)).twin(self.original)
+        native = self._native
+        kernels = None if native is None else Kernels(native)
+        self.packing = Packing(native) if native is not None and self._packs_weights else None
+        self.twin = _TwinBuilder(kernels, self.packing).twin(self.original)
 
 
 def _fingerprint(model: nn.Module) -> tuple[int, ...]:
@@ -54,8 +65,9 @@ def _fingerprint(model: nn.Module) -> tuple[int, ...]:
 
 
 class _TwinBuilder:
-    def __init__(self, kernels: Kernels | None) -> None:
+    def __init__(self, kernels: Kernels | None, packing: Packing | None) -> None:
         self._kernels = kernels
+        self._packing = packing
         self._made: dict[int, nn.Module] = {}
         self._classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -75,11 +87,20 @@ class _TwinBuilder:
         children = {name: None if child is None else self.twin(child) for name, child in module._modules.items()}
         # The children stand in __dict__ too: nn.Module's own lookup is several times slower.
         copy.__dict__ = {**module.__dict__, **children, "_modules": children, "training": False}
+        if type(module) is nn.Linear:
+            copy.__dict__["packed"] = self._packing.matrix(module) if self._packing and can_pack(module) else None
         fused_mlp = None if kernels is None else as_gated_mlp(copy, kernels)
         if fused_mlp is None:
             return copy
+        fused_mlp.pair = self._packed_pair(module)
         fused_mlp.training = False
         return fused_mlp
+
+    def _packed_pair(self, mlp: nn.Module) -> PackedMatrix | None:
+        gate, up = mlp._modules["gate_proj"], mlp._modules["up_proj"]
+        if self._packing is None or gate is None or up is None or not can_pack_pair(gate, up):
+            return None
+        return self._packing.matrix(gate, up)
 
     def _class_of(self, kind: type[nn.Module]) -> type[nn.Module]:
         """A class with a shorter way into its forward, which calls the fused rotary embedding."""
@@ -116,6 +137,9 @@ def _call_without_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _linear_forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    packed: PackedMatrix | None = self.__dict__["packed"]
+    if packed is not None and (product := packed(x)) is not None:
+        return product
     parameters = self._parameters
     weight = parameters["weight"]
     assert weight is not None

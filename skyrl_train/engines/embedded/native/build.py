@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "sampling.c", "elementwise.c")
-HEADERS = ("vector.h",)
+SOURCES = ("attention.c", "sampling.c", "elementwise.c", "packed_linear.c")
+HEADERS = ("vector.h", "bfloat16.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math"),

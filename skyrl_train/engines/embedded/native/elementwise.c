@@ -56,10 +56,6 @@ void rotate(const Rotated *parts, int64_t num_parts, int64_t rows, int64_t dim, 
 void silu_times(float *gate, const float *up, int64_t n, int32_t num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n >= PARALLEL_FROM)
     for (int64_t i = 0; i < n; i += LANES) {
-        vec x = load(gate + i);
-        ivec negative = x < splat(0);
-        vec e = vexp(choose(negative, x, -x));
-        vec sigmoid = choose(negative, e, splat(1.0f)) / (e + 1.0f);
-        store(gate + i, x * sigmoid * load(up + i));
+        store(gate + i, silu(load(gate + i)) * load(up + i));
     }
 }

@@ -69,3 +69,9 @@ INLINE vec vexp(vec x) {
     memcpy(&scale, &bits, sizeof scale);
     return choose(x > splat(-87.0f), p * scale, splat(0.0f));
 }
+
+INLINE vec silu(vec x) {
+    ivec negative = x < splat(0);
+    vec e = vexp(choose(negative, x, -x));
+    return x * (choose(negative, e, splat(1.0f)) / (e + 1.0f));
+}
