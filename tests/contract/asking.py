@@ -124,7 +124,9 @@ MOMENTS = (0.2, 0.05, 0.5, 0.02, 1.0, 2.0, 4.0)
 """Seconds after which a request is met half way, tried in turn: engines and machines differ. A server that is busy
 answers no question about what runs, so asking it would come too late."""
 LONG = 1900
-"""Tokens of an answer that is to be met half way."""
+"""Tokens of an answer that is to be met half way, and is read to its end."""
+ENDLESS = 8000
+"""Tokens of an answer that nobody waits for: a process that gets no processor for two seconds is still in time."""
 
 
 async def idle(engine: Engine) -> None:

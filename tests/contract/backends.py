@@ -28,13 +28,13 @@ from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.server.guard import command_line, descendants
 from skyrl_train.errors import ConfigError
 from tests.contract import models
+from tests.contract.models import CONTEXT_LEN
 from tests.contract.under_test import NO_SERVER, Refused, UnderTest
 from tests.interpreters import engine_python
 from tests.tiny import make_tokenizer
 
 BACKENDS = ("embedded", "sglang", "vllm")
 SERVERS = ("sglang", "vllm")
-CONTEXT_LEN = 2048
 EAGLE_HEADS = {"sglang": "LlamaForCausalLMEagle", "vllm": "LlamaForCausalLM"}
 """What each server calls the architecture of the same head."""
 ADAPTER_SEEDS = {"first": 7, "second": 8}

@@ -16,7 +16,13 @@ from transformers import LlamaConfig, PreTrainedModel
 from skyrl_train.types import AdapterWeights
 from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer
 
-SHAPE: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+CONTEXT_LEN = 8192
+SHAPE: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+    "max_position_embeddings": CONTEXT_LEN,
+}
 FEW_IDS = (65, 66, 67, 68, 69, 70, 71, 72)
 """What `few_words` may answer: the letters A to H."""
 
@@ -92,7 +98,7 @@ def save_eagle_head(folder: Path, architecture: str) -> Path:
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=size,
-        max_position_embeddings=2048,
+        max_position_embeddings=CONTEXT_LEN,
         tie_word_embeddings=False,
         architectures=[architecture],
         dtype="float32",

@@ -8,7 +8,7 @@ import pytest
 
 from skyrl_train.engines.base import PauseMode
 from skyrl_train.types import Completion
-from tests.contract.asking import LONG, MOMENTS, ask, assert_greedy, idle, prompts, reference_greedy
+from tests.contract.asking import ENDLESS, LONG, MOMENTS, ask, assert_greedy, idle, prompts, reference_greedy
 from tests.contract.under_test import Case
 
 ABORT = pytest.mark.capability("Abort: partial answers, and going on from them")
@@ -21,14 +21,14 @@ async def test_an_aborted_answer_is_the_start_of_the_greedy_one_and_goes_on_from
     if not await case.can("abort"):
         return
     for moment in MOMENTS:
-        request = ask(prompt, LONG)
+        request = ask(prompt, ENDLESS)
         task = asyncio.create_task(case.engine.generate(request))
         await asyncio.sleep(moment)
         await case.engine.abort([request.request_id])
         partial = await task
         if partial.token_ids and partial.finish_reason == "abort":
             break
-    assert 0 < len(partial.token_ids) < LONG
+    assert 0 < len(partial.token_ids) < ENDLESS
     assert partial.finish_reason == "abort"
     assert_greedy(case.reference, prompt, partial)
     whole = len(partial.token_ids) + 16
@@ -112,7 +112,7 @@ async def test_a_waiting_pause_lets_what_runs_finish(case: Case) -> None:
 async def test_an_aborting_pause_returns_what_there_is(case: Case) -> None:
     (prompt,) = prompts(16, seed=24)
     for moment in MOMENTS:
-        task = asyncio.create_task(case.engine.generate(ask(prompt, LONG)))
+        task = asyncio.create_task(case.engine.generate(ask(prompt, ENDLESS)))
         await asyncio.sleep(moment)
         await case.engine.pause("abort")
         await case.engine.resume()
@@ -120,5 +120,5 @@ async def test_an_aborting_pause_returns_what_there_is(case: Case) -> None:
         if answer.token_ids and answer.finish_reason == "abort":
             break
     assert answer.finish_reason == "abort"
-    assert 0 < len(answer.token_ids) < LONG
+    assert 0 < len(answer.token_ids) < ENDLESS
     assert_greedy(case.reference, prompt, answer)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.contract.asking import ask, assert_greedy, prompts
+from tests.contract.asking import ENDLESS, ask, assert_greedy, prompts
 from tests.contract.under_test import Case
 
 ONE_SEAT = pytest.mark.setting("one_seat")
@@ -25,7 +25,7 @@ async def test_the_higher_priority_is_served_first(case: Case) -> None:
         served.append(priority)
 
     # The one seat is taken until all others wait, however fast or busy the machine is.
-    longest = ask(first, 1500)
+    longest = ask(first, ENDLESS)
     task = asyncio.create_task(case.engine.generate(longest))
     while (await case.engine.stats()).num_running == 0:
         await asyncio.sleep(0.01)

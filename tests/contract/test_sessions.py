@@ -10,7 +10,8 @@ import pytest
 
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import SessionRef
-from tests.contract.asking import LONG, MOMENTS, Ids, ask, assert_greedy, idle, prompts, reference_greedy
+from tests.contract.asking import ENDLESS, MOMENTS, Ids, ask, assert_greedy, idle, prompts, reference_greedy
+from tests.contract.models import CONTEXT_LEN
 from tests.contract.under_test import Case
 
 pytestmark = pytest.mark.capability("Sessions: turns, branches, capacity, closing")
@@ -84,11 +85,11 @@ async def test_an_aborted_turn_can_be_made_again(case: Case) -> None:
     if not await _has_sessions(case):
         return
     root, new = prompts(20, 8, seed=53)
-    async with _session(case, 2048) as session_id:
+    async with _session(case, CONTEXT_LEN) as session_id:
         first = ask(root, 6, session=SessionRef(session_id=session_id))
         whole = root + (await case.engine.generate(first)).token_ids
         at = SessionRef(session_id=session_id, parent_request_id=first.request_id)
-        cut = ask(new, LONG, session=at)
+        cut = ask(new, ENDLESS, session=at)
         task = asyncio.create_task(case.engine.generate(cut))
         await asyncio.sleep(MOMENTS[0])
         await case.engine.abort([cut.request_id])
@@ -107,8 +108,8 @@ async def test_a_session_is_closed_after_an_error_and_after_a_cancellation(case:
     assert (await case.engine.stats()).num_sessions == 0
 
     async def long_turn() -> None:
-        async with _session(case, 2048) as session_id:
-            await case.engine.generate(ask([65, 66], LONG, session=SessionRef(session_id=session_id)))
+        async with _session(case, CONTEXT_LEN) as session_id:
+            await case.engine.generate(ask([65, 66], ENDLESS, session=SessionRef(session_id=session_id)))
 
     task = asyncio.create_task(long_turn())
     await asyncio.sleep(MOMENTS[0])

@@ -11,7 +11,7 @@ from skyrl_train.errors import RequestRejected, WeightUpdateError
 from skyrl_train.types import Completion, DiskWeights, NamedWeights, WeightUpdate
 from skyrl_train.weight_sync.sync import sync_weights
 from tests.contract import models
-from tests.contract.asking import LONG, MOMENTS, Ids, ask, assert_greedy, prompts, until
+from tests.contract.asking import ENDLESS, LONG, MOMENTS, Ids, ask, assert_greedy, prompts, until
 from tests.contract.under_test import Case
 
 PATHS = pytest.mark.setting("plain", "disk", "gloo")
@@ -184,11 +184,13 @@ async def test_a_prefix_is_cached_until_the_cache_is_flushed(case: Case) -> None
 
 @pytest.mark.capability("Prefix cache, and forgetting it")
 async def test_a_flush_while_requests_run_is_refused(case: Case) -> None:
-    task = asyncio.create_task(case.engine.generate(ask([65, 66, 67], LONG)))
+    request = ask([65, 66, 67], ENDLESS)
+    task = asyncio.create_task(case.engine.generate(request))
     await asyncio.sleep(MOMENTS[0])
     with pytest.raises(RequestRejected):
         await case.engine.flush_cache()
-    assert len((await task).token_ids) == LONG
+    await case.engine.abort([request.request_id])
+    assert (await task).finish_reason == "abort"
 
 
 def _assert_part(model: object, prompt: Ids, answer: Completion, start: int, end: int) -> None:

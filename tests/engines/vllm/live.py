@@ -21,12 +21,18 @@ from skyrl_train.engines.vllm.launch import vllm_launch
 from skyrl_train.types import SamplingParams
 from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer
 
-CONTEXT = 1000
+CONTEXT = 8000
+"""Longer than any answer gets in the time that its abort may take."""
 BLOCK = 128
 """Tokens of one block of the cache, the smallest prefix that is found again."""
 PROMPT = tuple(range(40, 60))
 LIMIT = 1e-3
-SHAPE = {"num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}
+SHAPE = {
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "initializer_range": 0.2,
+    "max_position_embeddings": CONTEXT,
+}
 _numbers = itertools.count()
 
 

@@ -216,7 +216,7 @@ async def test_higher_priority_is_served_first(live: Live) -> None:
     ("ids", "sampling", "message"),
     [
         ((5, VOCAB_SIZE), greedy(), "token id 300 is outside the model's vocabulary of 300"),
-        (tuple([5] * CONTEXT), greedy(), "1000 + 8 = 1008 tokens, the server has room for 1000"),
+        (tuple([5] * CONTEXT), greedy(), f"{CONTEXT} + 8 = {CONTEXT + 8} tokens, the server has room for {CONTEXT}"),
         (PROMPT, SamplingParams(max_new_tokens=2, temperature=0.001), "use 0 (greedy) or at least 0.01"),
         (PROMPT, SamplingParams(max_new_tokens=2, stop_token_ids=(5000,)), "out-of-vocab"),
         (PROMPT, SamplingParams(max_new_tokens=2, grammar=Grammar(kind="regex", text="((")), "regex"),
