@@ -172,12 +172,16 @@ def offload(checked: Checked) -> Iterator[Finding]:
 def groups(checked: Checked) -> Iterator[Finding]:
     config = checked.config
     count = config.generator.n_samples_per_prompt
-    if count == 1 and config.trainer.algorithm.advantage_estimator in ("grpo", "rloo", "reinforce++_baseline"):
-        yield error(
-            f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator "
-            f"{config.trainer.algorithm.advantage_estimator} compares the samples of one prompt, and a group of one "
-            "has advantage 0: nothing would be learned; set 2 or more"
+    estimator = config.trainer.algorithm.advantage_estimator
+    if count == 1 and estimator in ("grpo", "rloo", "reinforce++_baseline"):
+        message = (
+            f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator {estimator} compares the samples of "
+            "one prompt, and a group of one has advantage 0: nothing would be learned"
         )
+        if config.generator.agent is None:
+            yield error(f"{message}; set 2 or more")
+        else:
+            yield warning(f"{message}, unless generator.agent brings branches of its own, as tree search does")
 
 
 def sampling(checked: Checked) -> Iterator[Finding]:

@@ -219,6 +219,12 @@ def test_a_group_of_one_teaches_nothing() -> None:
     assert "a group of one has advantage 0" in refused("generator.n_samples_per_prompt=1")
 
 
+def test_a_group_of_one_is_left_to_an_agent_that_brings_branches() -> None:
+    agent = "generator.agent=skyrl_train.rollout.tree_search.TreeSearch"
+    config = load_config(["generator.n_samples_per_prompt=1", agent])
+    assert any("branches of its own, as tree search does" in warning for warning in config.warnings)
+
+
 def test_greedy_rollouts_teach_nothing() -> None:
     assert "is greedy" in refused("generator.sampling_params.temperature=0")
 
@@ -385,6 +391,7 @@ def test_the_embedded_engines_kwargs_are_those_that_have_no_key() -> None:
         "max_num_batched_tokens",
         "max_context_len",
         "kv_cache_frac",
+        "deterministic",
         "enable_prefix_caching",
         "seed",
     }
