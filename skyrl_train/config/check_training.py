@@ -175,8 +175,8 @@ def groups(checked: Checked) -> Iterator[Finding]:
     estimator = config.trainer.algorithm.advantage_estimator
     if count == 1 and estimator in ("grpo", "rloo", "reinforce++_baseline"):
         message = (
-            f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator {estimator} compares the samples of "
-            "one prompt, and a group of one has advantage 0: nothing would be learned"
+            f"{checked.show('generator.n_samples_per_prompt')}: advantage_estimator {estimator} compares the samples "
+            "of one prompt, and a group of one has advantage 0: nothing would be learned"
         )
         if config.generator.agent is None:
             yield error(f"{message}; set 2 or more")
