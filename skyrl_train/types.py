@@ -9,6 +9,7 @@ Ids and log-probabilities come from the engine and are never re-encoded from tex
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,8 @@ Message = Mapping[str, Any]
 """One chat message in OpenAI's form: at least `role` and `content`."""
 
 FinishReason = Literal["stop", "length", "abort"]
+DEADLINE = "deadline"
+"""Stop reason of an answer that ended because its request's time was over."""
 TrajectoryStatus = Literal["completed", "truncated", "aborted", "failed"]
 
 
@@ -52,10 +55,28 @@ class Grammar:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogitProcessor:
+    """A function of the user's on the logits of each next token: its dotted path, and arguments that JSON can hold.
+
+    It travels by name and is never pickled: who names one must be trusted to run code.
+    """
+
+    path: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            json.dumps(self.arguments)
+        except (TypeError, ValueError) as exc:
+            raise ValueError(f"logit processor {self.path}: its arguments must be what JSON can hold: {exc}") from exc
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to sample one completion. Off values: `top_p` 1, `top_k` 0, `min_p` 0, penalties 1 / 0 / 0.
 
-    `temperature` 0 is greedy. Order: penalties on the logits, temperature, top-k, top-p, min-p.
+    `temperature` 0 is greedy. Order: penalties on the logits, temperature, top-k, top-p, min-p; in the embedded engine,
+    `logit_processor` and then `grammar` before them all.
     `stop` strings and `stop_token_ids` end the completion and are kept in ids and log-probabilities.
     `seed` makes the completion reproducible where the engine can ("seed" in its capabilities): token `i` depends on
     (seed, i) and the logits alone. An engine that can't leaves it unread, and the run says so once, at its start.
@@ -75,6 +96,7 @@ class SamplingParams:
     ignore_eos: bool = False
     seed: int | None = None
     grammar: Grammar | None = None
+    logit_processor: LogitProcessor | None = None
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", ">= 1", self.max_new_tokens)
@@ -126,7 +148,8 @@ class Completion:
     Example, "12+7=" answered by "19<end>" while the weights changed after the first token:
         token_ids (20, 28, 1), logprobs (-0.1, -0.3, -0.0), finish_reason "stop",
         versions (VersionSpan(version=4, start=0, end=1), VersionSpan(version=5, start=1, end=3))
-    `stop_reason` is the string or the id that ended it, None when it was the model's end token.
+    `stop_reason` is the string or the id that ended it, None when it was the model's end token; of an aborted one, why
+    the engine itself ended it, None when somebody asked for that.
     """
 
     request_id: str
@@ -148,6 +171,7 @@ class GenerateRequest:
 
     `partial` is what an earlier, aborted attempt at this request made: sampling goes on after its last token, within
     the same budget, and the completion holds both parts with the versions that each was sampled under.
+    `deadline_s` seconds after it was submitted it ends with what it has: finish reason "abort", stop reason "deadline".
     """
 
     request_id: str
@@ -157,10 +181,13 @@ class GenerateRequest:
     adapter: str | None = None
     priority: int = 0
     partial: Completion | None = None
+    deadline_s: float | None = None
 
     def __post_init__(self) -> None:
         if not self.prompt_token_ids:
             raise ValueError(f"request {self.request_id}: prompt_token_ids is empty; at least one token is needed")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"request {self.request_id}: deadline_s must be over 0, found {self.deadline_s}")
         if self.partial is not None and len(self.partial.token_ids) >= self.sampling.max_new_tokens:
             raise ValueError(
                 f"request {self.request_id}: its partial answer has {len(self.partial.token_ids)} tokens already, "

@@ -94,7 +94,7 @@ def read_whole(
         text = decode(tokenizer, ids)
         if REPLACEMENT not in text:
             num_before = len(text)
-            if isinstance(completion.stop_reason, str):
+            if ends_with_stop_string(completion):
                 num_before = len(decode(tokenizer, ids[:-1]).rstrip(REPLACEMENT))
             text = text[: visible_len(text, num_before, completion)]
             return AnswerPiece(text=text, token_ids=completion.token_ids, logprobs=None, completion=completion)
@@ -107,13 +107,19 @@ def ends_with_stop_token(completion: Completion) -> bool:
     return completion.finish_reason == "stop" and not isinstance(completion.stop_reason, str)
 
 
+def ends_with_stop_string(completion: Completion) -> bool:
+    """An aborted answer's stop reason is a string too, and none of its text."""
+    return completion.finish_reason == "stop" and isinstance(completion.stop_reason, str)
+
+
 def visible_len(text: str, num_before: int, completion: Completion) -> int:
     """Characters before the stop string that the last token completed; `num_before` were there without that token.
 
     A stop string that came before `min_tokens` did not end the answer and stays.
     """
-    if not isinstance(completion.stop_reason, str):
+    if not ends_with_stop_string(completion):
         return len(text)
+    assert isinstance(completion.stop_reason, str)
     at = text.find(completion.stop_reason, max(0, num_before - len(completion.stop_reason) + 1))
     return at if at >= 0 else len(text)
 

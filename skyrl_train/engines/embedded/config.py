@@ -15,6 +15,7 @@ PACKED_FRAC = 0.25
 """Of the free memory, for packed copies of the weights."""
 
 AttentionName = Literal["auto", "cpu", "reference"]
+GrammarBackend = Literal["xgrammar", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,11 @@ class EmbeddedConfig:
     times as fast for few rows. None: where the copy takes at most a quarter of the memory that is free at the start."""
     seed: int = 0
     """Start of the sequence that seeds requests which bring no seed."""
+    grammar_backend: GrammarBackend = "xgrammar"
+    json_whitespace: bool = True
+    """Answers under a JSON schema may have white space wherever JSON allows it."""
+    logit_processors: bool = True
+    """Requests may name logit processors: functions that this process imports and runs."""
     extra_eos_token_ids: tuple[int, ...] = field(default=())
     """End tokens beyond those that the model's generation config, its config and the tokenizer name."""
 

@@ -21,6 +21,7 @@ from skyrl_train.engines.embedded.backends import native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens, resolve_packing
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
+from skyrl_train.engines.embedded.rules.engine_rules import EngineRules
 from skyrl_train.engines.embedded.rules.rule import tell
 from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
@@ -66,6 +67,16 @@ class Finished:
     state: RequestState
     completion: Completion
 
+    @property
+    def failure(self) -> RequestRejected | None:
+        """Of the user's own logit processor: what its caller gets instead of the completion."""
+        failed = None if self.state.rule is None else self.state.rule.failure
+        if failed is None:
+            return None
+        error = RequestRejected(str(failed))
+        error.__cause__ = failed
+        return error
+
 
 class EngineCore:
     """One model, one KV pool, one scheduler."""
@@ -86,12 +97,22 @@ class EngineCore:
         layers = probe_layers(inference_model)
         self.context_len = resolve_context_len(config, model_config)
         pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device), device)
+        end_ids = end_token_ids(model, tokenizer, config)
+        self.rules = EngineRules(
+            name,
+            model,
+            tokenizer,
+            end_ids,
+            grammar_backend=config.grammar_backend,
+            any_whitespace=config.json_whitespace,
+            allow_processors=config.logit_processors,
+        )
         self.info = EngineInfo(
             name=name,
             model=model_config.name_or_path or type(model).__name__,
             max_context_len=min(self.context_len, pool.num_slots),
             logprob_space="temperature",
-            capabilities=CAPABILITIES,
+            capabilities=CAPABILITIES | self.rules.capabilities,
         )
         self.config = config
         self.policy_version = policy_version
@@ -100,7 +121,7 @@ class EngineCore:
         self._model = model
         self._tokenizer = tokenizer
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-        self._seats = Seats(config.max_num_seqs, self.context_len, end_token_ids(model, tokenizer, config))
+        self._seats = Seats(config.max_num_seqs, self.context_len, end_ids)
         self.scheduler = Scheduler(config, self._seats, pool)
         self.sessions = EmbeddedSessions(name, self.scheduler.cache)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
@@ -123,6 +144,7 @@ class EngineCore:
         new_token_ids, came = request.prompt_token_ids, request
         request = self.sessions.whole(request)
         self._check(request, new_token_ids)
+        rule = self.rules.start(request)
         self.sessions.enter(came)
         sampling = request.sampling
         order = self._num_submitted
@@ -135,6 +157,7 @@ class EngineCore:
             tokens=np.asarray(request.prompt_token_ids + (known.token_ids if known else ()), dtype=np.int32),
             logprobs=np.asarray((0.0,) * num_prompt + (known.logprobs if known else ()), dtype=np.float32),
             version_marks=[(span.version, span.start) for span in known.versions] if known else [],
+            rule=rule,
         )
         self._by_id[request.request_id] = state
         self.scheduler.enqueue(state)
@@ -152,8 +175,6 @@ class EngineCore:
         if min(ids) < 0 or max(ids) >= self._vocab_size:
             bad = next(i for i in ids if not 0 <= i < self._vocab_size)
             raise RequestRejected(f"request {rid}: token id {bad} is outside the vocabulary of {self._vocab_size}")
-        if request.sampling.grammar is not None:
-            raise RequestRejected(f"request {rid}: engine {name} holds no completion to a grammar; leave it out")
         for stop_id in request.sampling.stop_token_ids:
             if not 0 <= stop_id < self._vocab_size:
                 raise RequestRejected(
@@ -242,17 +263,16 @@ class EngineCore:
         seats.logprobs[chosen, length] = logprobs
         seats.length[chosen] = length + 1
         self._num_generated += len(chosen)
-        if seats.rules:
-            tell(seats.rules, chosen, tokens)
+        ruled_out = tell(seats.rules, chosen, tokens) if seats.rules else {}
         may_stop = length >= seats.min_len[chosen]
         stopped = seats.stops.hits(chosen, tokens) & may_stop
         done = stopped | (length + 1 >= seats.max_len[chosen])
         strings = self._completed_strings(chosen[may_stop]) if seats.stops.strings else {}
-        if not strings and not done.any():
+        if not strings and not ruled_out and not done.any():
             return []
         finished = []
-        if strings:
-            done |= np.isin(chosen, list(strings))
+        if strings or ruled_out:
+            done |= np.isin(chosen, [*strings, *ruled_out])
         for row in np.nonzero(done)[0]:
             seat, token = int(chosen[row]), int(tokens[row])
             state = seats.owners[seat]
@@ -260,6 +280,8 @@ class EngineCore:
             if stopped[row]:
                 asked = token in state.request.sampling.stop_token_ids
                 finished.append(self._finish(state, "stop", token if asked else None))
+            elif seat in ruled_out:
+                finished.append(self._finish(state, *ruled_out[seat]))
             elif seat in strings:
                 finished.append(self._finish(state, "stop", strings[seat]))
             else:

@@ -20,8 +20,8 @@ from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore, Finished
 from skyrl_train.engines.embedded.drivers import Driver, InlineDriver, ThreadDriver
 from skyrl_train.engines.embedded.request import RequestState
-from skyrl_train.errors import EngineUnavailable, RequestRejected
-from skyrl_train.types import Completion, GenerateRequest, WeightUpdate
+from skyrl_train.errors import EngineError, EngineUnavailable, RequestRejected, WeightUpdateError
+from skyrl_train.types import AdapterWeights, Completion, GenerateRequest, WeightUpdate
 
 DriverName = Literal["inline", "thread"]
 
@@ -54,7 +54,7 @@ class _Caller:
     num_sent: int = 0
 
 
-_Pieces = asyncio.Queue[StreamedTokens | EngineUnavailable]
+_Pieces = asyncio.Queue[StreamedTokens | EngineError]
 
 
 class EmbeddedEngine:
@@ -122,12 +122,12 @@ class EmbeddedEngine:
                 piece = await pieces.get()
                 while isinstance(piece, StreamedTokens) and not pieces.empty():
                     following = pieces.get_nowait()
-                    if isinstance(following, EngineUnavailable):
+                    if isinstance(following, EngineError):
                         yield piece
                         piece = following
                     else:
                         piece = piece.joined(following)
-                if isinstance(piece, EngineUnavailable):
+                if isinstance(piece, EngineError):
                     raise piece
                 yield piece
                 if piece.completion is not None:
@@ -211,6 +211,29 @@ class EmbeddedEngine:
     async def close_session(self, session_id: str) -> None:
         await self._driver.call(lambda: self._deliver(self.core.close_session(session_id)))
 
+    async def load_adapter(self, name: str, source: AdapterWeights | str) -> None:
+        """Serve these tensors, or a folder in peft's format, to requests that name them; see `ServedAdapters.load`.
+
+        Raises WeightUpdateError, with nothing changed.
+        """
+
+        def load() -> None:
+            if self.core.adapters is None:
+                raise WeightUpdateError(f"engine {self.info.name} was started without adapters")
+            self.core.adapters.load(name, source, paused=self.core.pause_state == "paused")
+
+        await self._driver.call(self._guarded(load))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Raises RequestRejected for one that is unknown, or that an open request uses."""
+
+        def unload() -> None:
+            if self.core.adapters is None:
+                raise RequestRejected(f"engine {self.info.name} was started without adapters")
+            self.core.adapters.unload(name)
+
+        await self._driver.call(self._guarded(unload))
+
     async def flush_cache(self) -> None:
         await self._driver.call(self.core.flush_cache)
 
@@ -252,10 +275,15 @@ class EmbeddedEngine:
             caller = self._forget(item.completion.request_id)
             if caller is None:
                 continue
-            if caller.pieces is not None:
+            failure = item.failure
+            if caller.pieces is not None and failure is not None:
+                caller.loop.call_soon_threadsafe(caller.pieces.put_nowait, failure)
+            elif caller.pieces is not None:
                 completion, sent = item.completion, caller.num_sent
                 self._send(caller, completion.token_ids[sent:], completion.logprobs[sent:], completion)
-            _on_loop(caller.loop, caller.done, item.completion)
+            # Nobody awaits a stream's future, and an error in it would be called lost.
+            outcome = item.completion if caller.pieces is not None else failure or item.completion
+            _on_loop(caller.loop, caller.done, outcome)
         self._flush_outbox()
 
     def _send_pieces(self) -> None:

@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Picked = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 Pick = Callable[[torch.Tensor, torch.Tensor, Floats, Doubles], Picked]
+Truncate = Callable[[torch.Tensor, SamplingTable, Indices], torch.Tensor]
 
 LANES = 16
 """Of native/vector.h: the scratch rows are padded to it."""
@@ -45,6 +46,7 @@ class Sampler:
 
     def __init__(self, native: ctypes.CDLL | None) -> None:
         self._pick: Pick = pick if native is None else NativePick(native)
+        self._truncate: Truncate = truncated
 
     def sample(
         self, logits: torch.Tensor, seats: Seats, chosen: Indices, known: Ints | None = None
@@ -59,16 +61,16 @@ class Sampler:
         raw = logits.float()
         draw = raw
         temperature = table.temperature[chosen]
+        banned = banned_ids(seats, chosen, known)
+        if banned is not None:
+            draw = draw.clone()
+            draw[banned] = -torch.inf
         if seats.rules:
             draw = ruled(draw, seats.rules, chosen)
         if table.penalises[chosen].any():
             draw = penalised(draw, seats, chosen, known)
-        banned = banned_ids(seats, chosen, known)
-        if banned is not None:
-            draw = draw.clone() if draw is raw else draw
-            draw[banned] = -torch.inf
         if table.truncates[chosen].any():
-            draw = truncated(draw, table, chosen)
+            draw = self._truncate(draw, table, chosen)
         index = known - seats.prompt_len[chosen]
         tokens, logprobs = self._pick(draw, raw, temperature, uniforms(table.key[chosen], index))
         if not np.isfinite(logprobs).all():
