@@ -55,4 +55,34 @@ def dropout(checked: Checked) -> Iterator[Finding]:
         )
 
 
-LORA_RULES: tuple[Rule, ...] = (without_rank, shape, dropout)
+def in_the_embedded_engine(checked: Checked) -> Iterator[Finding]:
+    config = checked.config
+    keys, trained = config.generator.lora, config.trainer.policy.model.lora
+    if config.generator.backend != "embedded":
+        return
+    if not keys.enabled:
+        for path in schema_keys():
+            if path.startswith("generator.lora.") and path != "generator.lora.enabled" and checked.is_set(path):
+                yield warning(f"{checked.show(path)} has no effect: {checked.show('generator.lora.enabled')}")
+        return
+    enabled = checked.show("generator.lora.enabled")
+    merged = "a policy that trains an adapter is served merged without it"
+    if config.trainer.placement.policy_num_gpus_per_node:
+        yield error(
+            f"{enabled} with {checked.show('trainer.placement.policy_num_gpus_per_node')}: the embedded engine serves "
+            f"adapters on the CPU, its steps on a GPU are captured; leave it out ({merged})"
+        )
+    if config.generator.deterministic_inference.enabled:
+        yield error(
+            f"{enabled} with {checked.show('generator.deterministic_inference.enabled')}: what an adapter adds is "
+            f"computed in a way that depends on the batch; leave one of them out ({merged})"
+        )
+    if keys.paths and trained.rank and trained.init_method == "pissa":
+        yield error(
+            f"{checked.show('generator.lora.paths')} with {checked.show('trainer.policy.model.lora.init_method')}: the "
+            "engine shares the trained model, which pissa has taken its start out of, and other adapters are for the "
+            "untouched one; use another init_method or leave paths out"
+        )
+
+
+LORA_RULES: tuple[Rule, ...] = (without_rank, shape, dropout, in_the_embedded_engine)

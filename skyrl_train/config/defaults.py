@@ -46,6 +46,14 @@ def _mini_batch(config: Config) -> int:
     return trainer.train_batch_size // 2 if two else trainer.train_batch_size
 
 
+def _serves_adapters(config: Config) -> bool:
+    """The embedded engine can on the CPU, where results may depend on the batch; elsewhere it serves them merged."""
+    generator = config.generator
+    return generator.backend != "embedded" or not (
+        config.trainer.placement.policy_num_gpus_per_node or generator.deterministic_inference.enabled
+    )
+
+
 Rule = Callable[[Config], Any]
 
 BACKEND_DEFAULTS: Mapping[str, Mapping[str, Rule]] = {
@@ -90,7 +98,10 @@ DERIVED_DEFAULTS: Mapping[str, tuple[str, Rule]] = {
     "generator.random_seed": ("trainer.seed", lambda config: config.trainer.seed),
     "generator.lora.enabled": (
         "trainer.policy.model.lora.rank",
-        lambda config: config.trainer.policy.model.lora.rank > 0 or bool(config.generator.lora.paths),
+        lambda config: (
+            bool(config.generator.lora.paths)
+            or (config.trainer.policy.model.lora.rank > 0 and _serves_adapters(config))
+        ),
     ),
 }
 """key -> (the key it follows, value)."""

@@ -155,7 +155,7 @@ def _memory(
     }
     if lora.rank:  # in float32 whatever the weights are in
         memory["adapters"] = trained * MASTER_BYTES // shards
-        if generator.backend == "embedded":
+        if generator.backend == "embedded" and not generator.lora.enabled:
             memory["merged weights"] = shape.num_linear_parameters * number
     own_reference = not lora.rank or trainer.ref.model.path not in (None, trainer.policy.model.path)
     if needs_reference(config) and (trainer.placement.colocate_policy_ref or trainer.placement.colocate_all):

@@ -18,9 +18,10 @@ from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.training.update import update_policy
 from skyrl_train.types import LocalWeights, NamedWeights, TrainBatch, TrainingSample, WeightUpdate
 
-WeightsFor = Literal["module", "copy", "server", "adapter"]
-"""What runs the policy: the trainer's own module, a copy of it in this process, a server with weights of its own, or
-one that has the untouched model and takes the adapter."""
+WeightsFor = Literal["module", "copy", "server", "adapter", "frozen_base"]
+"""What runs the policy: the trainer's own module, a copy of it in this process, a server with weights of its own, one
+that has the untouched model and takes the adapter, or an engine in this process that shares the trainer's frozen base
+and takes the adapter too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,8 @@ class Learner:
             return self.trainer.export_tensors(version)
         if self.weights_for == "adapter":
             return self.trainer.export_adapter(version)
+        if self.weights_for == "frozen_base":
+            return self.trainer.export_adapter(version, for_base_model=True)
         update = self.trainer.export_weights(version)
         if self.weights_for == "copy" and isinstance(update.source, LocalWeights):
             return replace(update, source=NamedWeights(tensors=self.trainer.model.state_dict()))

@@ -98,14 +98,20 @@ class Adapters:
 
     def merged_model(self) -> PreTrainedModel:
         """A plain module of the model as it is now. The adapted matrices are its own, all other tensors are shared."""
+        plain = self.base_model()
+        for name, merged in self.merged_tensors().items():
+            linear: Any = plain.get_submodule(name.removesuffix(".weight"))
+            linear.weight = torch.nn.Parameter(merged, requires_grad=False)
+        return plain
+
+    def base_model(self) -> PreTrainedModel:
+        """A plain module of the frozen model, without adapters; every tensor is the trained model's very own."""
         shared: list[torch.Tensor] = [*self._model.parameters(), *self._model.buffers()]
         plain = copy.deepcopy(self._model, {id(tensor): tensor for tensor in shared})
         del plain.peft_config
-        for name, merged in self.merged_tensors().items():
-            path = name.removesuffix(".weight")
+        for path in self._layers:
             linear: Any = plain.get_submodule(path)
             plain.set_submodule(path, linear.base_layer)
-            linear.base_layer.weight = torch.nn.Parameter(merged, requires_grad=False)
         return plain.eval()  # type: ignore[no-any-return, no-untyped-call]
 
     @contextmanager
@@ -155,22 +161,26 @@ class Adapters:
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
     @torch.no_grad()
-    def exported_tensors(self) -> dict[str, torch.Tensor]:
-        """Of the adapter for the untouched model, by peft's names: new tensors, which no update changes."""
+    def exported_tensors(self, *, for_base_model: bool = False) -> dict[str, torch.Tensor]:
+        """Of the adapter for the untouched model, by peft's names: new tensors, which no update changes.
+
+        `for_base_model`: for `base_model`, which PiSSA has taken its start out of.
+        """
         tensors = {}
         for name, layer in self._layers.items():
             a, b = layer.lora_A[ADAPTER].weight.detach(), layer.lora_B[ADAPTER].weight.detach()
-            if self.settings.init_method == "pissa":
+            if self.settings.init_method == "pissa" and not for_base_model:
                 a, b = torch.cat([a, layer.start_A]), torch.cat([b, -layer.start_B], dim=1)
             tensors[f"base_model.model.{name}.lora_A.weight"] = a.clone(memory_format=torch.contiguous_format)
             tensors[f"base_model.model.{name}.lora_B.weight"] = b.clone(memory_format=torch.contiguous_format)
         return tensors
 
-    def exported_config(self) -> dict[str, Any]:
-        """What adapter_config.json holds: plain values, as JSON has them."""
-        return {name: _plain(value) for name, value in self._exported_config().to_dict().items()}
+    def exported_config(self, *, for_base_model: bool = False) -> dict[str, Any]:
+        """What adapter_config.json holds: plain values, as JSON has them. `for_base_model` as above."""
+        config = self._exported_config(for_base_model=for_base_model).to_dict()
+        return {name: _plain(value) for name, value in config.items()}
 
-    def _exported_config(self) -> Any:
+    def _exported_config(self, *, for_base_model: bool = False) -> Any:
         config = copy.deepcopy(self._config)
         config.inference_mode = True
         if self.settings.target_modules == ALL_LINEAR:
@@ -178,8 +188,10 @@ class Adapters:
             short = {name.rpartition(".")[2] for name in self._layers}
             says_the_same = not any(name.rpartition(".")[2] in short for name in self._not_adapted)
             config.target_modules = short if says_the_same else set(self._layers)
-        if self.settings.init_method == "pissa":  # s stays what it is
-            config.r, config.lora_alpha, config.init_lora_weights = 2 * config.r, 2 * config.lora_alpha, True
+        if self.settings.init_method == "pissa":
+            config.init_lora_weights = True
+        if self.settings.init_method == "pissa" and not for_base_model:  # s stays what it is
+            config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
         return config
 
     def _enable(self, enabled: bool) -> None:

@@ -26,6 +26,7 @@ from skyrl_train.engines.base import Engine
 from skyrl_train.engines.build import Places, build_server_engine
 from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.server.guard import command_line, descendants
+from skyrl_train.entrypoints.build_adapters import adapter_limits
 from skyrl_train.errors import ConfigError
 from tests.contract import models
 from tests.contract.models import CONTEXT_LEN
@@ -79,7 +80,6 @@ SETTINGS: dict[str, Setting] = {
             "lora.target_modules": ["q_proj", "v_proj"],
             "lora.paths": {name: f"{{{name}}}" for name in ADAPTER_SEEDS},
         },
-        only=SERVERS,
     ),
     "ngram": Setting(
         keys=_speculation("ngram", num_draft_tokens=4),
@@ -188,9 +188,15 @@ def _release(backend: str) -> str:
 
 @asynccontextmanager
 async def _embedded(backend: str, setting: str, arguments: list[str], folder: Path) -> AsyncIterator[UnderTest]:
-    keys = load_config(arguments).config.generator
+    loaded = load_config(arguments).config
+    keys = loaded.generator
     assert keys.max_num_seqs is not None
-    config = EmbeddedConfig(max_context_len=CONTEXT_LEN, kv_cache_tokens=20_000, max_num_seqs=keys.max_num_seqs)
+    config = EmbeddedConfig(
+        max_context_len=CONTEXT_LEN,
+        kv_cache_tokens=20_000,
+        max_num_seqs=keys.max_num_seqs,
+        lora=adapter_limits(loaded),
+    )
     engine = EmbeddedEngine(models.policy(attention=ATTENTION_NAME), make_tokenizer(), config=config, driver="thread")
     try:
         yield UnderTest(
