@@ -49,7 +49,8 @@ def _cpu_problem(device: torch.device, layers: dict[int, KVShape]) -> str | None
     for index, shape in layers.items():
         if not CpuAttention.supports(shape):
             return (
-                f"the CPU kernel wants float32 and a head size that 16 divides, up to 256; layer {index} has "
-                f"{shape.dtype}, head size {shape.head_dim}, {shape.num_heads} heads on {shape.num_kv_heads}"
+                "the CPU kernel wants float32 or bfloat16 and a head size that 16 divides, up to 256; layer "
+                f"{index} has {shape.dtype}, head size {shape.head_dim}, {shape.num_heads} heads on "
+                f"{shape.num_kv_heads}"
             )
     return None

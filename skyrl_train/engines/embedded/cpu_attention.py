@@ -1,4 +1,4 @@
-"""Paged attention on the CPU by the C kernel in native/attention.c, float32."""
+"""Paged attention on the CPU by the C kernel in native/attention.c, float32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from skyrl_train.engines.embedded.attention import PagedBatch
 from skyrl_train.engines.embedded.config import KVShape
 
 LANES = 16
+DTYPES = (torch.float32, torch.bfloat16)
 MAX_QUERIES = 64
 MAX_DIM = 256
 
@@ -23,7 +24,7 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("task_request", "task_row")),
         ("table_stride", ctypes.c_int64),
         *((name, ctypes.c_int32) for name in ("num_rows", "num_tasks", "block_rows", "num_threads")),
-        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "reserved")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "is_bfloat16")),
     )
 
 
@@ -56,7 +57,7 @@ class CpuAttention:
     @staticmethod
     def supports(shape: KVShape) -> bool:
         fits = shape.head_dim % LANES == 0 and shape.head_dim <= MAX_DIM
-        return fits and shape.num_heads // shape.num_kv_heads <= MAX_QUERIES and shape.dtype == torch.float32
+        return fits and shape.num_heads // shape.num_kv_heads <= MAX_QUERIES and shape.dtype in DTYPES
 
     def attend(
         self,
@@ -71,8 +72,9 @@ class CpuAttention:
     ) -> torch.Tensor:
         num_rows, num_heads, head_dim = query.shape
         if batch is not self._batch or self._step.num_heads != num_heads:
+            self._step.is_bfloat16 = query.dtype == torch.bfloat16
             self._begin(batch, num_rows, num_heads, key.shape[1], head_dim)
-        out = torch.empty((num_rows, num_heads, head_dim), dtype=torch.float32)
+        out = torch.empty((num_rows, num_heads, head_dim), dtype=query.dtype)
         layer = self._layer
         layer.keys, layer.values = key_pool.data_ptr(), value_pool.data_ptr()
         layer.query, layer.key, layer.value = query.data_ptr(), key.data_ptr(), value.data_ptr()

@@ -1,7 +1,7 @@
 """Parts of a layer in one pass each, for inference on the CPU: RMSNorm, rotary embedding, gated MLP.
 
 Each stands in for a part of transformers' module that it was seen to equal: it is recognised by what it computes on
-random numbers (see `as_rms_norm`, `as_gated_mlp`, `as_rotary`), not by its name, and reads the very same parameters.
+random float32 numbers (see `as_rms_norm`, `as_gated_mlp`, `as_rotary`), not by its name, and reads the same parameters.
 What isn't recognised stays as it is. Inputs that the kernels can't take go to the original.
 
 Shapes: T rows, H heads, D head size.
@@ -19,6 +19,7 @@ from torch import nn
 from skyrl_train.engines.embedded.packed_linear import PackedMatrix
 
 LANES = 16
+DTYPES = (torch.float32, torch.bfloat16)
 TOLERANCE = 2e-6
 
 Rotary = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -37,15 +38,15 @@ class _Rotated(ctypes.Structure):
 
 
 class Kernels:
-    """The functions of native/elementwise.c on tensors; all float32, on the CPU."""
+    """The functions of native/elementwise.c on tensors, on the CPU; all float32, or all bfloat16."""
 
     def __init__(self, native: ctypes.CDLL) -> None:
         pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
         self._rms_norm, self._rotate, self._silu_times = native.rms_norm, native.rotate, native.silu_times
-        self._rms_norm.argtypes = (pointer, pointer, pointer, int64, int64, float32, float32, int32)
-        self._rotate.argtypes = (pointer, int64, int64, int64, pointer, pointer, int32)
+        self._rms_norm.argtypes = (pointer, pointer, pointer, int64, int64, float32, float32, int32, int32)
+        self._rotate.argtypes = (pointer, int64, int64, int64, pointer, pointer, int32, int32)
         self._rotated = (_Rotated * 2)()
-        self._silu_times.argtypes = (pointer, pointer, int64, int32)
+        self._silu_times.argtypes = (pointer, pointer, int64, int32, int32)
         for function in (self._rms_norm, self._rotate, self._silu_times):
             function.restype = None
 
@@ -54,7 +55,8 @@ class Kernels:
         out = torch.empty_like(x)
         dim = x.shape[-1]
         rows, threads = x.numel() // dim, torch.get_num_threads()
-        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dim, eps, offset, threads)
+        half = x.dtype == torch.bfloat16
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, dim, eps, offset, half, threads)
         return out
 
     def rotate(
@@ -64,22 +66,24 @@ class Kernels:
         _, _, rows, dim = q.shape
         outs = []
         for part, x in zip(self._rotated, (q, k), strict=True):
-            out = torch.empty((1, rows, x.shape[1], dim), dtype=torch.float32)
+            out = torch.empty((1, rows, x.shape[1], dim), dtype=x.dtype)
             _, part.head_stride, part.row_stride, _ = x.stride()
             part.x, part.out, part.heads = x.data_ptr(), out.data_ptr(), x.shape[1]
             outs.append(out.transpose(1, 2))
         threads = torch.get_num_threads()
-        self._rotate(self._rotated, 2, rows, dim, cosine.data_ptr(), sine.data_ptr(), threads)
+        half = q.dtype == torch.bfloat16
+        self._rotate(self._rotated, 2, rows, dim, cosine.data_ptr(), sine.data_ptr(), half, threads)
         return outs[0], outs[1]
 
     def silu_times(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """silu(gate) * up, written over `gate`; both contiguous."""
-        self._silu_times(gate.data_ptr(), up.data_ptr(), gate.numel(), torch.get_num_threads())
+        half = gate.dtype == torch.bfloat16
+        self._silu_times(gate.data_ptr(), up.data_ptr(), gate.numel(), half, torch.get_num_threads())
         return gate
 
 
 def is_plain(x: torch.Tensor) -> bool:
-    return x.dtype == torch.float32 and x.is_contiguous()
+    return x.dtype in DTYPES and x.is_contiguous()
 
 
 class FusedRMSNorm(nn.Module):
@@ -92,9 +96,9 @@ class FusedRMSNorm(nn.Module):
         self._kernels, self._eps, self._offset = kernels, eps, offset
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if is_plain(x):
-            weight = self._parameters["weight"]
-            assert weight is not None
+        weight = self._parameters["weight"]
+        assert weight is not None
+        if is_plain(x) and x.dtype == weight.dtype:
             return self._kernels.rms_norm(x, weight, self._eps, self._offset)
         out: torch.Tensor = self._modules["original"](x)  # type: ignore[misc]
         return out
@@ -120,7 +124,7 @@ class FusedGatedMLP(nn.Module):
                 narrowed: torch.Tensor = parts["down_proj"](product)
                 return narrowed
         gate, up = parts["gate_proj"](x), parts["up_proj"](x)
-        if is_plain(gate) and is_plain(up) and gate.numel() % LANES == 0:
+        if is_plain(gate) and is_plain(up) and gate.dtype == up.dtype and gate.numel() % LANES == 0:
             gated = self._kernels.silu_times(gate, up)
         else:
             gated = parts["act_fn"](gate) * up
@@ -141,7 +145,7 @@ def as_rms_norm(module: nn.Module, kernels: Kernels) -> FusedRMSNorm | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, torch.Tensor) or list(module._parameters) != ["weight"] or module._modules:
         return None
-    if weight.dim() != 1 or len(weight) % LANES or weight.dtype != torch.float32 or not isinstance(eps, float):
+    if weight.dim() != 1 or len(weight) % LANES or weight.dtype not in DTYPES or not isinstance(eps, float):
         return None
     generator = torch.Generator().manual_seed(0)
     # Weights of its own, as fresh ones say little; rows down to where eps matters.
@@ -184,7 +188,7 @@ def as_rotary(original: Rotary, kernels: Kernels) -> Rotary | None:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         dim = q.shape[-1]
         fits = cos.shape == sin.shape == (1, q.shape[2], dim) and k.shape[-1] == dim and q.shape[0] == 1
-        plain = is_plain(cos) and is_plain(sin) and q.dtype == k.dtype == torch.float32
+        plain = is_plain(cos) and is_plain(sin) and q.dtype == k.dtype == cos.dtype == sin.dtype
         if args or kwargs or not fits or not plain or dim % (2 * LANES) or q.stride(3) != 1 or k.stride(3) != 1:
             return original(q, k, cos, sin, *args, **kwargs)
         return kernels.rotate(q, k, cos, sin)

@@ -127,9 +127,11 @@ def test_a_head_size_that_the_kernel_lacks_falls_back_with_one_warning(overrides
     assert run(core, [request("a", prompt, 6)])[0].token_ids == greedy_reference(eager, prompt, 6)
 
 
-def test_bfloat16_runs_on_the_reference() -> None:
-    model = make_model().to(torch.bfloat16)
-    with pytest.warns(UserWarning, match="slow reference"):
-        core = EngineCore(model, make_tokenizer(), config=EmbeddedConfig(kv_cache_tokens=64, max_context_len=64))
-    (answer,) = run(core, [request("a", (1, 2, 3), 6)])
-    assert len(answer.token_ids) == 6
+def test_bfloat16_runs_on_the_kernels_and_float16_on_the_reference() -> None:
+    settings = EmbeddedConfig(kv_cache_tokens=64, max_context_len=64)
+    core = EngineCore(make_model().to(torch.bfloat16), make_tokenizer(), config=settings)
+    with pytest.warns(UserWarning, match="slow reference attention is used: the CPU kernel wants float32 or bfloat16"):
+        slow = EngineCore(make_model().to(torch.float16), make_tokenizer(), config=settings)
+    for each in (core, slow):
+        (answer,) = run(each, [request("a", (1, 2, 3), 6)])
+        assert len(answer.token_ids) == 6

@@ -154,6 +154,41 @@ def test_rms_norm_equals_that_of_transformers(rows: int) -> None:
         assert torch.allclose(fused(strided), original(strided), rtol=1e-5, atol=1e-6)
 
 
+def in_last_digits(found: torch.Tensor, wanted: torch.Tensor, digits: int) -> bool:
+    """bfloat16 numbers, `digits` steps of their last digit apart at most; wanted in float32 or bfloat16."""
+    scale = wanted.float().abs().clamp(min=1e-30)
+    return found.dtype == torch.bfloat16 and bool(
+        ((found.float() - wanted.float()).abs() <= digits * scale / 128).all()
+    )
+
+
+def test_norms_in_bfloat16_equal_those_of_transformers() -> None:
+    for original in (LlamaRMSNorm(64, eps=1e-5), Gemma3RMSNorm(64, eps=1e-3)):
+        with torch.no_grad():
+            original.weight.copy_(torch.randn(64))
+        original.to(torch.bfloat16)
+        fused = as_rms_norm(original, KERNELS)
+        assert isinstance(fused, FusedRMSNorm)
+        x = (torch.randn(1, 33, 64) * torch.logspace(-4, 3, 33)[:, None]).to(torch.bfloat16)
+        assert in_last_digits(fused(x), original(x), 1)
+        assert torch.equal(fused(x.float()), original(x.float())), "another type than the weight's is the original's"
+
+
+def test_gate_and_rotary_embedding_in_bfloat16_are_rounded_once() -> None:
+    gate, up = torch.randn(2, 4, 512).to(torch.bfloat16)
+    wanted = nn.functional.silu(gate.float()) * up.float()
+    assert in_last_digits(KERNELS.silu_times(gate.clone(), up), wanted, 1)
+    rotary = as_rotary(apply_rotary_pos_emb, KERNELS)
+    assert rotary is not None
+    q, k = (torch.randn(1, 5, heads, 64).to(torch.bfloat16).transpose(1, 2) for heads in (4, 2))
+    cos, sin = torch.randn(2, 1, 5, 64).to(torch.bfloat16)
+    wide = apply_rotary_pos_emb(*(x.float() for x in (q, k, cos, sin)))
+    for mine, exact in zip(rotary(q, k, cos, sin), wide, strict=True):
+        torch.testing.assert_close(mine, exact.to(torch.bfloat16), rtol=1 / 128, atol=1e-6)
+    mixed = rotary(q.float(), k.float(), cos, sin)
+    assert all(x.dtype == torch.float32 for x in mixed)
+
+
 class ClampedNorm(LlamaRMSNorm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = super().forward(x)
@@ -164,7 +199,7 @@ def test_what_is_no_rms_norm_is_not_taken_for_one() -> None:
     assert as_rms_norm(nn.LayerNorm(64), KERNELS) is None
     assert as_rms_norm(ClampedNorm(64), KERNELS) is None
     assert as_rms_norm(LlamaRMSNorm(40), KERNELS) is None  # no multiple of 16
-    assert as_rms_norm(LlamaRMSNorm(64).to(torch.bfloat16), KERNELS) is None
+    assert as_rms_norm(LlamaRMSNorm(64).to(torch.float16), KERNELS) is None
 
 
 @pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh", "relu"])

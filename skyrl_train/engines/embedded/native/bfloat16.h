@@ -44,3 +44,23 @@ INLINE vec dot_pairs(vec sum, int32_t x, ivec w) {
     return sum + float_of_bf16((uint16_t)x) * low.v + float_of_bf16((uint16_t)((uint32_t)x >> 16)) * high.v;
 #endif
 }
+
+/* Sixteen numbers of an array of floats, or of bfloat16, from element i on. `is_bfloat16` is a constant where it matters. */
+INLINE vec get(const void *p, int64_t i, const int is_bfloat16) {
+    return is_bfloat16 ? load_bf16((const uint16_t *)p + i) : load((const float *)p + i);
+}
+
+INLINE void set(void *p, int64_t i, vec x, const int is_bfloat16) {
+    if (is_bfloat16)
+        store_bf16((uint16_t *)p + i, x);
+    else
+        store((float *)p + i, x);
+}
+
+/* As it would come back from memory. */
+INLINE vec rounded(vec x, const int is_bfloat16) {
+    if (!is_bfloat16) return x;
+    uint16_t y[LANES];
+    store_bf16(y, x);
+    return load_bf16(y);
+}
