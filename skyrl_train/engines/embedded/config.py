@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from skyrl_train.engines.embedded.adapters.settings import LoraLimits
 from skyrl_train.engines.embedded.packed_linear import packed_bytes
 from skyrl_train.errors import ConfigError
 
@@ -36,10 +37,16 @@ class EmbeddedConfig:
     enable_prefix_caching: bool = True
     chunked_prefill: bool = True
     """Cut prompts to the step's row budget. Off: a prompt is computed in one step, however long it is."""
+    host_cache_ratio: float | None = None
+    """Keep evicted prefixes in host memory (see host_tier): room for so many times the tokens of the pool, or for
+    `host_cache_gb` * 1e9 bytes of them. None, both: what is evicted is gone."""
+    host_cache_gb: float | None = None
     attention_backend: AttentionName = "auto"
     pack_weights: bool | None = None
     """On a CPU, multiply with a second copy of the weights in the kernels' own order (see packed_linear), two to three
     times as fast for few rows. None: where the copy takes at most a quarter of the memory that is free at the start."""
+    deterministic: bool = False
+    """The same bits for a request alone or in any batch (see invariant): float32 on the CPU."""
     seed: int = 0
     """Start of the sequence that seeds requests which bring no seed."""
     grammar_backend: GrammarBackend = "xgrammar"
@@ -47,6 +54,8 @@ class EmbeddedConfig:
     """Answers under a JSON schema may have white space wherever JSON allows it."""
     logit_processors: bool = True
     """Requests may name logit processors: functions that this process imports and runs."""
+    lora: LoraLimits | None = None
+    """Serve adapters beside the model; on the CPU. None: requests can't name one, and the policy is the model."""
     extra_eos_token_ids: tuple[int, ...] = field(default=())
     """End tokens beyond those that the model's generation config, its config and the tokenizer name."""
 
@@ -59,6 +68,19 @@ class EmbeddedConfig:
             raise ConfigError(
                 f"embedded engine: max_num_batched_tokens {self.max_num_batched_tokens} can't hold one row for each of "
                 f"max_num_seqs {self.max_num_seqs} requests; raise the first or lower the second"
+            )
+        if self.deterministic and self.lora is not None:
+            raise ConfigError(
+                "embedded engine: deterministic and lora don't go together: what an adapter adds is computed in a way "
+                "that depends on the batch; leave one of them out"
+            )
+        sizes = [size for size in (self.host_cache_ratio, self.host_cache_gb) if size is not None]
+        if sizes and not self.enable_prefix_caching:
+            raise ConfigError("embedded engine: a host cache keeps prefixes, and enable_prefix_caching=False has none")
+        if len(sizes) > 1 or any(size <= 0 for size in sizes):
+            raise ConfigError(
+                f"embedded engine: one of host_cache_ratio and host_cache_gb sizes the host cache, over 0, found "
+                f"{self.host_cache_ratio} and {self.host_cache_gb}"
             )
         if not 0 < self.kv_cache_frac < 1:
             raise ConfigError(f"embedded engine: kv_cache_frac must be in (0, 1), found {self.kv_cache_frac}")
@@ -116,12 +138,12 @@ def _refuse_length_dependent_rope(text_config: Any, context_len: int) -> None:
 
 
 def resolve_kv_tokens(
-    config: EmbeddedConfig, layers: dict[int, KVShape], context_len: int, device: torch.device
+    config: EmbeddedConfig, layers: dict[int, KVShape], context_len: int, device: torch.device, draft_bytes: int = 0
 ) -> int:
-    """How many token slots the pool gets."""
+    """How many token slots the pool gets; a drafter's own pool takes `draft_bytes` for each of them."""
     if config.kv_cache_tokens is not None:
         return config.kv_cache_tokens
-    per_token = sum(shape.bytes_per_token for shape in layers.values())
+    per_token = sum(shape.bytes_per_token for shape in layers.values()) + draft_bytes
     room = int(free_bytes(device) * config.kv_cache_frac) // per_token
     tokens = min(room, config.max_num_seqs * context_len)
     if tokens < context_len:
@@ -130,6 +152,15 @@ def resolve_kv_tokens(
             f"{per_token} bytes, fewer than one context of {context_len}; lower max_context_len or raise kv_cache_frac"
         )
     return tokens
+
+
+def resolve_host_tokens(config: EmbeddedConfig, layers: dict[int, KVShape], num_slots: int) -> int | None:
+    """How many tokens the host tier has room for; None: there is none."""
+    if config.host_cache_ratio is not None:
+        return int(config.host_cache_ratio * num_slots)
+    if config.host_cache_gb is not None:
+        return int(config.host_cache_gb * 1e9) // sum(shape.bytes_per_token for shape in layers.values())
+    return None
 
 
 def resolve_packing(config: EmbeddedConfig, model: torch.nn.Module) -> bool:

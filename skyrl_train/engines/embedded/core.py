@@ -16,9 +16,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, PauseMode
+from skyrl_train.engines.base import Capability, EngineInfo, EngineStats, Occupant, PauseMode
+from skyrl_train.engines.embedded.adapters.adapter import LoraAdapter
+from skyrl_train.engines.embedded.adapters.served import ServedAdapters
 from skyrl_train.engines.embedded.backends import native_or_warn
 from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_len, resolve_kv_tokens, resolve_packing
+from skyrl_train.engines.embedded.drafts.base import DraftSource
+from skyrl_train.engines.embedded.drafts.speculation import SPECULATES, Speculation
+from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens, commit_plain, one_by_one
+from skyrl_train.engines.embedded.invariant.view import InvariantModel
+from skyrl_train.engines.embedded.host_tier import make_tier
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.rules.engine_rules import EngineRules
@@ -26,6 +33,7 @@ from skyrl_train.engines.embedded.rules.rule import tell
 from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, probe_layers
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.sessions import EmbeddedSessions
+from skyrl_train.engines.embedded.sleep import make_sleep, sleep_capabilities
 from skyrl_train.engines.embedded.stops import completed_stop
 from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import derived_seed
@@ -60,6 +68,10 @@ CAPABILITIES: frozenset[Capability] = frozenset(
 )
 
 
+LORA: frozenset[Capability] = frozenset({"lora", "adapter_weights"})
+"""With adapters (EmbeddedConfig.lora)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finished:
     """A request that left the engine, with its answer."""
@@ -89,14 +101,23 @@ class EngineCore:
         config: EmbeddedConfig,
         name: str = "embedded-0",
         policy_version: int = 0,
+        drafts: DraftSource | None = None,
     ) -> None:
         model_config: Any = model.config
         device = next(model.parameters()).device
         native = native_or_warn(device)
-        inference_model = InferenceModel(model, native, packs_weights=resolve_packing(config, model))
+        lora, seats = config.lora, config.max_num_seqs
+        self.adapters = None if lora is None else ServedAdapters(lora, model, seats, engine=name)
+        if config.deterministic:
+            inference_model: InferenceModel = InvariantModel(model)
+        else:
+            adapted = None if self.adapters is None else self.adapters.maps()
+            packs = resolve_packing(config, model)
+            inference_model = InferenceModel(model, native, packs_weights=packs, adapted=adapted)
         layers = probe_layers(inference_model)
         self.context_len = resolve_context_len(config, model_config)
-        pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device), device)
+        draft_bytes = 0 if drafts is None else drafts.bytes_per_token
+        pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device, draft_bytes), device)
         end_ids = end_token_ids(model, tokenizer, config)
         self.rules = EngineRules(
             name,
@@ -112,7 +133,11 @@ class EngineCore:
             model=model_config.name_or_path or type(model).__name__,
             max_context_len=min(self.context_len, pool.num_slots),
             logprob_space="temperature",
-            capabilities=CAPABILITIES | self.rules.capabilities,
+            capabilities=CAPABILITIES
+            | self.rules.capabilities
+            | (LORA if self.adapters else frozenset())
+            | sleep_capabilities(device)
+            | (SPECULATES if drafts else frozenset()),
         )
         self.config = config
         self.policy_version = policy_version
@@ -122,10 +147,16 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._seats = Seats(config.max_num_seqs, self.context_len, end_ids)
-        self.scheduler = Scheduler(config, self._seats, pool)
+        self.scheduler = Scheduler(config, self._seats, pool, self.adapters, make_tier(config, pool))
+        if self.adapters is not None:
+            self.adapters.begin(self.scheduler)
         self.sessions = EmbeddedSessions(name, self.scheduler.cache)
+        self.rest = make_sleep(name, self.scheduler.cache, inference_model)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
         self._runner = make_runner(inference_model, native, config, layers, pool, self._seats, max_rows)
+        self.speculation: Speculation | None = None
+        if drafts is not None:
+            self.speculation = Speculation.of(drafts, self.scheduler, self._runner)
         self._pending: PendingTokens | None = None
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0
@@ -160,6 +191,8 @@ class EngineCore:
             rule=rule,
         )
         self._by_id[request.request_id] = state
+        if self.adapters is not None:
+            self.adapters.opened(request)
         self.scheduler.enqueue(state)
         return state
 
@@ -167,8 +200,6 @@ class EngineCore:
         name, rid = self.info.name, request.request_id
         if rid in self._by_id:
             raise RequestRejected(f"request {rid}: engine {name} is serving a request with this id already")
-        if request.adapter is not None:
-            raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}, nor any other")
         ids = new_token_ids
         if request.partial is not None:
             ids += request.partial.token_ids
@@ -185,6 +216,10 @@ class EngineCore:
         self.scheduler.check(
             name, rid, len(request.prompt_token_ids), request.sampling.max_new_tokens, self.context_len
         )
+        if self.adapters is not None:
+            self.adapters.check(request)
+        elif request.adapter is not None:
+            raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}, nor any other")
 
     def abort(self, request_ids: Sequence[str]) -> list[Finished]:
         """End these requests with what they have; ids that aren't here are ignored."""
@@ -209,7 +244,7 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
-        if self.pause_state == "paused":
+        if self.pause_state == "paused" or self.rest.asleep:
             return False
         if self.pause_state == "draining":
             return self.scheduler.num_started > 0
@@ -251,7 +286,18 @@ class EngineCore:
         if not present.all():
             chosen, tokens, logprobs = chosen[present], tokens[present], logprobs[present]
         self._seats.in_flight[chosen] -= 1
+        if isinstance(pending, VerifiedTokens):
+            return self._commit_verified(pending)
         return self._commit(chosen, tokens, logprobs)
+
+    def _commit_verified(self, verified: VerifiedTokens) -> list[Finished]:
+        """Append what a step with guesses brought: at once where nothing ends, else as if it had come one by one."""
+        num_plain, rows = commit_plain(self._seats, verified)
+        self._num_generated += num_plain
+        finished = []
+        for chosen, tokens, logprobs in one_by_one(self._seats, verified, rows):
+            finished += self._commit(chosen, tokens, logprobs)
+        return finished
 
     def _commit(
         self, chosen: npt.NDArray[np.intp], tokens: npt.NDArray[np.int64], logprobs: npt.NDArray[np.float32]
@@ -311,6 +357,8 @@ class EngineCore:
         else:
             end = self.scheduler.release(state)
         del self._by_id[state.request.request_id]
+        if self.adapters is not None:
+            self.adapters.closed(state.request)
         completion = to_completion(state, reason, stop_reason)
         self.sessions.leave(state.request, completion.token_ids if keep else None, end)
         return Finished(state=state, completion=completion)
@@ -348,17 +396,26 @@ class EngineCore:
             raise WeightUpdateError(
                 f"engine {self.info.name}: the last weight update failed half way; repeat it before resume"
             )
+        self.rest.check_awake()
         self.pause_state = "running"
+
+    def sleep(self, release: Sequence[Occupant]) -> None:
+        """See `Engine.sleep`. Of a paused engine, requests that have not begun may wait."""
+        num_busy = self.scheduler.num_started if self.pause_state == "paused" else len(self._by_id)
+        self.rest.begin(release, num_busy=num_busy)
 
     def update_weights(self, update: WeightUpdate) -> None:
         """See `Engine.update_weights`. A refused update changes nothing; a failed one forbids `resume`."""
         name = self.info.name
         if self.pause_state != "paused":
             raise WeightUpdateError(f"engine {name}: weights change only while it is paused, it is {self.pause_state}")
+        if "weights" in self.rest.asleep:
+            raise WeightUpdateError(f"engine {name} sleeps and has no room for weights; wake them first")
         if update.version < self.policy_version:
             raise WeightUpdateError(
                 f"engine {name} serves version {self.policy_version}; version {update.version} is older"
             )
+        policy = self._planned_policy(update.source)
         copy = self._planned_copy(update.source)
         if copy is not None:
             self.weights_are_whole = False
@@ -368,9 +425,14 @@ class EngineCore:
                 raise WeightUpdateError(
                     f"engine {name}: version {update.version} was copied only in part: {exc}"
                 ) from exc
-        self._runner.weights_changed()
+        if policy is None:
+            self._runner.weights_changed()
+        if self.speculation is not None:
+            self.speculation.weights_changed()
         self.scheduler.retract_all()
         self.scheduler.cache.flush()
+        if self.adapters is not None:
+            self.adapters.set_policy(policy)
         self.policy_version = update.version
         self.weights_are_whole = True
 
@@ -381,9 +443,15 @@ class EngineCore:
             return lambda: copy_disk_weights(self._model, plan)
         if isinstance(source, NamedWeights):
             return plan_tensor_copy(self._model, source.tensors)
-        if isinstance(source, AdapterWeights):
-            raise WeightUpdateError(f"engine {self.info.name} serves no adapters; send it the merged matrices")
         return None
+
+    def _planned_policy(self, source: WeightSource) -> LoraAdapter | None:
+        """The adapter that is the policy from this update on, checked; None: the model itself is."""
+        if not isinstance(source, AdapterWeights):
+            return None
+        if self.adapters is None:
+            raise WeightUpdateError(f"engine {self.info.name} serves no adapters; send it the merged matrices")
+        return self.adapters.make_policy(source)
 
     def flush_cache(self) -> None:
         """Forget cached prefixes. Raises RequestRejected while requests hold some."""
@@ -411,12 +479,16 @@ class EngineCore:
             num_evicted_tokens_total=scheduler.cache.num_evicted_total,
             num_steps_total=self._num_steps,
             num_sessions=len(self.sessions),
+            num_host_cached_tokens_total=0 if scheduler.cache.tier is None else scheduler.cache.tier.num_read_total,
+            accept_len=None if self.speculation is None else self.speculation.counts.accept_len,
         )
 
     def check_integrity(self) -> None:
         """Assert that slots, references, seats and queue agree. For tests: it is slow."""
         self.scheduler.check_integrity()
         self.sessions.check_integrity()
+        if self.adapters is not None:
+            self.adapters.check_integrity(self._by_id.values(), self.scheduler.running())
         known = [*self.scheduler.running(), *self.scheduler.waiting()]
         assert len(known) == len(self._by_id)
         assert all(self._by_id[state.request.request_id] is state for state in known)

@@ -18,6 +18,13 @@ from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.engines.embedded.attention import AttentionBackend, PagedBatch, PagedContext, ShapeProbe
 from skyrl_train.engines.embedded.backends import make_backend
 from skyrl_train.engines.embedded.config import EmbeddedConfig, KVShape
+from skyrl_train.engines.embedded.drafts.base import FollowedRows
+from skyrl_train.engines.embedded.drafts.guesses import DecodeRows, Guesses, decode_rows, slot_lines
+from skyrl_train.engines.embedded.drafts.speculation import Speculation
+from skyrl_train.engines.embedded.drafts.taps import Taps
+from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens, verify
+from skyrl_train.engines.embedded.invariant.attention import InvariantAttention
+from skyrl_train.engines.embedded.invariant.sampling import InvariantSampler
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
 from skyrl_train.engines.embedded.sampler import Sampler
@@ -74,6 +81,9 @@ def make_runner(
         from skyrl_train.engines.embedded.cuda_runner import CudaRunner
 
         return CudaRunner(model, pool, seats)
+    if config.deterministic:
+        assert native is not None, "InvariantModel has refused"
+        return ModelRunner(model, InvariantAttention(layers), InvariantSampler(native), pool, seats, max_rows)
     backend = make_backend(config.attention_backend, device, layers, native)
     return ModelRunner(model, backend, Sampler(native), pool, seats, max_rows)
 
@@ -113,6 +123,14 @@ class ModelRunner:
         self._row_slots = np.zeros(max_rows, dtype=np.int64)
         self._row_seats = np.zeros(max_rows, dtype=np.int32)
         self._slot_table = torch.from_numpy(seats.slots)
+        self._speculation: Speculation | None = None
+        self._taps: Taps | None = None
+        self._decode_rows: DecodeRows | None = None
+
+    def speculate(self, speculation: Speculation) -> None:
+        """Follow its drafter from now on; called once."""
+        self._speculation = speculation
+        self._taps = self._model.tap(speculation.drafter.taps) if speculation.drafter.taps else None
 
     lags = False
 
@@ -122,21 +140,42 @@ class ModelRunner:
     def weights_changed(self) -> None:
         self._model.weights_changed()
 
-    def launch(self, plan: StepPlan) -> ReadyTokens | None:
+    def launch(self, plan: StepPlan) -> ReadyTokens | VerifiedTokens | None:
         logits = self.logits(plan)
         chosen = plan.sample_seats
         if not len(chosen):
             return None
+        if plan.guesses is not None:
+            return self._verify(plan, plan.guesses, logits)
         with torch.inference_mode():
             tokens, logprobs = self._sampler.sample(logits, self._seats, chosen)
         self._seats.in_flight[chosen] += 1
         tenancy = self._seats.tenancy[chosen]
         return ReadyTokens(seats=chosen, tenancy=tenancy, tokens=tokens, logprobs=logprobs)
 
+    def _verify(self, plan: StepPlan, guesses: Guesses, logits: torch.Tensor) -> VerifiedTokens:
+        seats, chosen, rows = self._seats, plan.sample_seats, self._decode_rows
+        assert rows is not None
+        others = chosen[len(plan.decode_seats) :]
+        known = np.concatenate((rows.known, seats.length[others]))
+        with torch.inference_mode():
+            tokens, logprobs = self._sampler.sample(logits, seats, np.concatenate((rows.seats, others)), known)
+        verified = verify(seats, chosen, guesses, rows, tokens, logprobs)
+        seats.in_flight[chosen] += 1
+        if self._speculation is not None:
+            self._speculation.verified(guesses, verified)
+        return verified
+
     def logits(self, plan: StepPlan) -> torch.Tensor:
-        """[n, V] for the plan's `sample_seats`, in their order. Writes the rows' keys and values to the pool."""
-        batch, sample_rows = self._lay_out(plan)
+        """[n, V] for the plan's `sample_seats`, in their order, behind each one those of its guesses.
+
+        Writes the rows' keys and values to the pool.
+        """
+        rows = decode_rows(self._seats, plan.decode_seats, plan.guesses)
+        self._decode_rows = rows
+        batch, sample_rows = self._lay_out(plan, rows)
         num_rows = plan.num_rows
+        self._model.select_rows(self._row_seats[:num_rows])
         context = PagedContext(self._backend, self._pool, batch)
         with torch.inference_mode():
             output = self._model(
@@ -147,19 +186,21 @@ class ModelRunner:
                 logits_to_keep=sample_rows,
             )
             logits: torch.Tensor = output.logits[0]
+            if self._speculation is not None:
+                hidden = None if self._taps is None else self._taps.take()
+                ids = torch.from_numpy(self._input_ids[:num_rows])
+                self._speculation.follow(FollowedRows(token_ids=ids, batch=batch, hidden=hidden))
         return logits
 
-    def _lay_out(self, plan: StepPlan) -> tuple[PagedBatch, torch.Tensor | int]:
-        seats = self._seats
-        n, total = len(plan.decode_seats), plan.num_rows
+    def _lay_out(self, plan: StepPlan, rows: DecodeRows) -> tuple[PagedBatch, torch.Tensor | int]:
+        seats, decoding = self._seats, rows.seats
+        n, total = len(decoding), plan.num_rows
         ids, positions, slots, owners = self._input_ids, self._positions, self._row_slots, self._row_seats
-        decoding = plan.decode_seats
-        position = seats.computed[decoding] - 1
-        positions[:n] = position
-        ids[:n] = seats.tokens[decoding, position]
-        slots[:n] = seats.slots[decoding, position]
+        positions[:n] = rows.positions
+        ids[:n] = seats.tokens[decoding, rows.places]
+        slots[:n] = seats.slots[decoding, rows.places]
         owners[:n] = decoding
-        cu_rows = list(range(n + 1))
+        cu_rows = [0, *rows.ends]
         sample_rows = list(range(n))
         for chunk in plan.chunks:
             begin = cu_rows[-1]
@@ -171,13 +212,17 @@ class ModelRunner:
             cu_rows.append(end)
             if chunk.samples:
                 sample_rows.append(end - 1)
+        table, request_seats = self._slot_table, [*rows.run_seats.tolist(), *(chunk.seat for chunk in plan.chunks)]
+        if rows.paths is not None:
+            table = slot_lines(seats, rows, request_seats, width=int(positions[:total].max()) + 1)
+            request_seats = list(range(len(request_seats)))
         batch = PagedBatch(
             row_slots=torch.from_numpy(slots[:total]),
             row_positions=torch.from_numpy(positions[:total]),
             row_seats=torch.from_numpy(owners[:total]),
-            request_seats=[*decoding.tolist(), *(chunk.seat for chunk in plan.chunks)],
+            request_seats=request_seats,
             cu_rows=cu_rows,
-            slot_table=self._slot_table,
+            slot_table=table,
         )
         # 0 keeps every row and spares the model a gather.
         return batch, 0 if len(sample_rows) == total else torch.tensor(sample_rows, dtype=torch.long)

@@ -21,7 +21,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from skyrl_train.engines.embedded.adapters.served import ServedAdapters
 from skyrl_train.engines.embedded.config import EmbeddedConfig
+from skyrl_train.engines.embedded.drafts.guesses import Guesses
+from skyrl_train.engines.embedded.drafts.speculation import Speculation
+from skyrl_train.engines.embedded.host_tier import HostTier
 from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
 from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
 from skyrl_train.engines.embedded.request import RequestState, Seats
@@ -49,7 +53,7 @@ class Chunk:
 
 @dataclass(frozen=True, kw_only=True)
 class StepPlan:
-    """One step: decoding seats [n] (one row each, first), then the chunks.
+    """One step: decoding seats [n] (one row each and one for each guess, first), then the chunks.
 
     `sample_seats`: seats that get a token, in row order: the decoding ones, then the chunks that sample.
     """
@@ -57,25 +61,32 @@ class StepPlan:
     decode_seats: Indices
     chunks: tuple[Chunk, ...]
     sample_seats: Indices
+    guesses: Guesses | None = None
 
     @property
     def num_rows(self) -> int:
-        return len(self.decode_seats) + sum(chunk.end - chunk.start for chunk in self.chunks)
+        num_guesses = 0 if self.guesses is None else self.guesses.total
+        return len(self.decode_seats) + num_guesses + sum(chunk.end - chunk.start for chunk in self.chunks)
 
 
 class Scheduler:
     """Owns the queue and the seats; moves slots between the pool, the requests and the cache."""
 
-    def __init__(self, config: EmbeddedConfig, seats: Seats, pool: KVPool) -> None:
+    def __init__(
+        self, config: EmbeddedConfig, seats: Seats, pool: KVPool, adapters: ServedAdapters | None = None,
+        tier: HostTier | None = None,
+    ) -> None:
         self._config = config
+        self._adapters = adapters
         self.seats = seats
         self.pool = pool
-        self.cache = RadixCache(pool)
+        self.cache = RadixCache(pool, tier)
         self._fresh = WaitingQueue()
         self._retracted = WaitingQueue()
         self._decoding: dict[int, RequestState] = {}
         self._decode_seats: Indices | None = None
         self._prefilling: list[RequestState] = []
+        self.speculation: Speculation | None = None
         self.num_prompt_tokens_total = 0
         self.num_cached_tokens_total = 0
         self.num_retractions_total = 0
@@ -147,6 +158,8 @@ class Scheduler:
                 end = self.cache.insert(node, seats.tokens[seat, begin:computed], slots[begin:computed])
             self.cache.unlock(node)
         state.node = None
+        if self._adapters is not None:
+            self._adapters.places.leave(seat)
         seats.leave(state)
         if self._decoding.pop(seat, None) is None:
             self._prefilling.remove(state)
@@ -189,7 +202,11 @@ class Scheduler:
             assert not stuck, "requests wait, none runs, and none can start"
             return None
         sampling = [chunk.seat for chunk in chunks if chunk.samples]
+        guesses = None
+        if self.speculation is not None and len(decode_seats):
+            guesses = self.speculation.plan(self.seats, decode_seats, budget, self)
         return StepPlan(
+            guesses=guesses,
             decode_seats=decode_seats,
             chunks=tuple(chunks),
             sample_seats=np.concatenate((decode_seats, np.asarray(sampling, dtype=np.intp)))
@@ -220,12 +237,16 @@ class Scheduler:
         seats = self.seats
         start = seats.allocated[growing]
         most = GROWTH_SLOTS if len(growing) * GROWTH_SLOTS <= self.pool.num_free else 1
-        count = np.minimum(most, seats.max_len[growing] - start)
+        self.give_slots(growing, np.minimum(most, seats.max_len[growing] - start))
+
+    def give_slots(self, chosen: Indices, count: npt.NDArray[np.int32]) -> None:
+        """`count` [n] slots more for each of the seats `chosen` [n]."""
+        start = self.seats.allocated[chosen]
         total = int(count.sum())
         run_start = np.cumsum(count) - count
         position = np.repeat(start - run_start, count) + np.arange(total)
-        seats.slots[np.repeat(growing, count), position] = self._allocate(total)
-        seats.allocated[growing] = start + count
+        self.seats.slots[np.repeat(chosen, count), position] = self._allocate(total)
+        self.seats.allocated[chosen] = start + count
 
     def _free_spares(self) -> bool:
         """Take back slots that decoding requests hold in advance; False if there are none."""
@@ -249,11 +270,15 @@ class Scheduler:
 
     def _admit(self, state: RequestState, policy_version: int, reserve: int, budget: int, *, is_first: bool) -> bool:
         """Seat the queue's head if its tokens and the reserve fit; gives it the slots of all its tokens."""
-        tokens = state.tokens
-        node, matched = self.cache.root, tokens[:0]
+        tokens, root = state.tokens, self.cache.root
+        if self._adapters is not None:
+            if not self._adapters.has_room(state):
+                return False  # and nobody passes it by: the queue's head is never starved
+            root = self.cache.root_of(self._adapters.namespace(state))
+        node, matched = root, tokens[:0]
         if self._config.enable_prefix_caching:
             # The last token is always computed: its hidden state predicts the next one.
-            node, matched = self.cache.match(tokens[:-1])
+            node, matched = self.cache.match(tokens[:-1], root)
         self.cache.lock(node)
         needed = len(tokens) - len(matched)
         must_wait = not self._config.chunked_prefill and needed > budget and not is_first
@@ -265,11 +290,16 @@ class Scheduler:
         state.num_owned_from = len(matched)
         state.shares_prompt = self._config.enable_prefix_caching
         seat = self.seats.take(state, matched)
+        if self._adapters is not None:
+            self._adapters.sit(state)
+        evicted = self.cache.evicted_after(root, tokens, len(matched))
         self.seats.slots[seat, len(matched) : len(tokens)] = self._allocate(needed)
         self.seats.allocated[seat] = len(tokens)
+        if evicted is not None:
+            self.seats.computed[seat] += evicted.read_back(self.seats.slots[seat, len(matched) : len(tokens) - 1])
         if not state.was_started:
             # A partial answer that the request came with is no prompt, wherever its keys are.
-            state.num_cached_tokens = min(len(matched), state.num_prompt_tokens)
+            state.num_cached_tokens = min(int(self.seats.computed[seat]), state.num_prompt_tokens)
             self.num_prompt_tokens_total += state.num_prompt_tokens
             self.num_cached_tokens_total += state.num_cached_tokens
         if not state.version_marks or state.version_marks[-1][0] != policy_version:
@@ -318,7 +348,7 @@ class Scheduler:
 
     def _allocate(self, count: int) -> Slots:
         if count > self.pool.num_free:
-            self.cache.evict(count - self.pool.num_free)
+            self.cache.make_room(count - self.pool.num_free)
         return self.pool.allocate(count)
 
     # -- after a step, and in tests

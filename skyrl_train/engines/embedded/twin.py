@@ -17,10 +17,14 @@ import ctypes
 from types import FunctionType
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
-from skyrl_train.engines.embedded.fused import Kernels, as_gated_mlp, as_rms_norm, as_rotary
+from skyrl_train.engines.embedded.adapters.rows import NOT_SELECTED, AdaptedMaps
+from skyrl_train.engines.embedded.drafts.taps import Taps
+from skyrl_train.engines.embedded.fused import Kernels, Rotary, as_gated_mlp, as_rms_norm, as_rotary
 from skyrl_train.engines.embedded.packed_linear import PackedMatrix, Packing, can_pack, can_pack_pair
 
 ROTARY = "apply_rotary_pos_emb"
@@ -30,14 +34,39 @@ ROTARY = "apply_rotary_pos_emb"
 class InferenceModel:
     """The trainer's module and its twin. Without native kernels the twin differs in mode only."""
 
-    def __init__(self, original: nn.Module, native: ctypes.CDLL | None, *, packs_weights: bool = False) -> None:
+    def __init__(
+        self,
+        original: nn.Module,
+        native: ctypes.CDLL | None,
+        *,
+        packs_weights: bool = False,
+        adapted: AdaptedMaps | None = None,
+    ) -> None:
+        """`adapted`: the linear maps to which adapters may add."""
         self.original = original
+        self._adapted = adapted
         self._native = native
         self._packs_weights = packs_weights
+        self._taps: Taps | None = None
         self._build()
 
     def __call__(self, **inputs: Any) -> Any:
-        return self.twin(**inputs)
+        output = self.twin(**inputs)
+        if self._adapted is not None:
+            self._adapted.rows.form = NOT_SELECTED
+        return output
+
+    def select_rows(self, row_seats: npt.NDArray[np.int32]) -> None:
+        """Before each forward where adapters are served: row t is of the request in seat row_seats[t]."""
+        if self._adapted is not None:
+            self._adapted.rows.select(row_seats)
+
+    def tap(self, layers: tuple[int, ...]) -> Taps:
+        """Keep the outputs of these layers from now on; once only."""
+        assert self._taps is None
+        self._taps = Taps(layers)
+        self._taps.install(self.twin)
+        return self._taps
 
     def weights_changed(self) -> None:
         """The weights were updated in place, and submodules perhaps replaced."""
@@ -54,9 +83,16 @@ class InferenceModel:
     def _build(self) -> None:
         self._fingerprint = _fingerprint(self.original)
         native = self._native
-        kernels = None if native is None else Kernels(native)
         self.packing = Packing(native) if native is not None and self._packs_weights else None
-        self.twin = _TwinBuilder(kernels, self.packing).twin(self.original)
+        self.twin = self._twin(self.original)
+        if self._taps is not None:
+            self._taps.install(self.twin)
+
+    def _twin(self, original: nn.Module) -> nn.Module:
+        if self._adapted is not None:
+            self._adapted.find(original)
+        kernels = None if self._native is None else Kernels(self._native)
+        return TwinBuilder(kernels, self.packing, self._adapted).twin(original)
 
 
 def _fingerprint(model: nn.Module) -> tuple[int, ...]:
@@ -64,10 +100,13 @@ def _fingerprint(model: nn.Module) -> tuple[int, ...]:
     return tuple(id(module) for module in model.modules())
 
 
-class _TwinBuilder:
-    def __init__(self, kernels: Kernels | None, packing: Packing | None) -> None:
+class TwinBuilder:
+    """Makes one twin; `invariant.view` makes another kind of one."""
+
+    def __init__(self, kernels: Kernels | None, packing: Packing | None, adapted: AdaptedMaps | None = None) -> None:
         self._kernels = kernels
         self._packing = packing
+        self._adapted = adapted
         self._made: dict[int, nn.Module] = {}
         self._classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -89,6 +128,8 @@ class _TwinBuilder:
         copy.__dict__ = {**module.__dict__, **children, "_modules": children, "training": False}
         if type(module) is nn.Linear:
             copy.__dict__["packed"] = self._packing.matrix(module) if self._packing and can_pack(module) else None
+        if self._adapted is not None and module in self._adapted:
+            self._adapted.adopt(copy, module)
         fused_mlp = None if kernels is None else as_gated_mlp(copy, kernels)
         if fused_mlp is None:
             return copy
@@ -100,6 +141,8 @@ class _TwinBuilder:
         gate, up = mlp._modules["gate_proj"], mlp._modules["up_proj"]
         if self._packing is None or gate is None or up is None or not can_pack_pair(gate, up):
             return None
+        if self._adapted is not None and (gate in self._adapted or up in self._adapted):
+            return None  # an adapter adds to each of the two
         return self._packing.matrix(gate, up)
 
     def _class_of(self, kind: type[nn.Module]) -> type[nn.Module]:
@@ -118,15 +161,19 @@ class _TwinBuilder:
 
     def _forward_with_fused_rotary(self, kind: type[nn.Module]) -> FunctionType | None:
         forward: Any = kind.forward
-        if self._kernels is None or not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
+        if not isinstance(forward, FunctionType) or ROTARY not in forward.__code__.co_names:
             return None
-        fused = as_rotary(forward.__globals__[ROTARY], self._kernels)
+        fused = self._rotary(forward)
         if fused is None:
             return None
         scope = {**forward.__globals__, ROTARY: fused}
         changed = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
         changed.__kwdefaults__ = forward.__kwdefaults__
         return changed
+
+    def _rotary(self, forward: FunctionType) -> Rotary | None:
+        """What stands for the rotary embedding in an attention module's forward; None leaves it as it is."""
+        return None if self._kernels is None else as_rotary(forward.__globals__[ROTARY], self._kernels)
 
 
 def _call_without_hooks(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -9,17 +9,18 @@ import torch
 
 from skyrl_train.engines.embedded import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore
+from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.types import Completion, GenerateRequest, SamplingParams
 from tests.tiny import EOS_ID, PAD_ID, make_model, make_tokenizer
 
 Prompt = tuple[int, ...]
 
 
-def make_core(model: Any = None, **config: Any) -> EngineCore:
+def make_core(model: Any = None, *, drafts: DraftSource | None = None, **config: Any) -> EngineCore:
     """A small engine: 4 seats, 16 rows a step, 256 slots, contexts of 128."""
     settings = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "kv_cache_tokens": 256, "max_context_len": 128}
     model = model if model is not None else make_model()
-    return EngineCore(model, make_tokenizer(), config=EmbeddedConfig(**{**settings, **config}))
+    return EngineCore(model, make_tokenizer(), config=EmbeddedConfig(**{**settings, **config}), drafts=drafts)
 
 
 def request(
