@@ -97,6 +97,14 @@ def sample_rows(
     logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """logits [n, V], temperature [n] float32, uniform [n] float64 -> tokens [n], their log-probabilities [n]."""
+    tokens, logprobs, _, _ = sample_and_summarise(logits, temperature, uniform)
+    return tokens, logprobs
+
+
+def sample_and_summarise(
+    logits: torch.Tensor, temperature: torch.Tensor, uniform: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `sample_rows`; then [n, W] float32 of each block: its largest logit / temperature, its sum of exponentials."""
     num_rows, num_words = logits.shape
     assert logits.stride(1) == 1, logits.stride()
     num_blocks = triton.cdiv(num_words, BLOCK)
@@ -126,4 +134,4 @@ def sample_rows(
         MAX_BLOCKS=triton.next_power_of_2(num_blocks),
         num_warps=8,
     )
-    return tokens, logprobs
+    return tokens, logprobs, block_max, block_sum
