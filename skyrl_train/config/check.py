@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from skyrl_train.config.check_deterministic import DETERMINISTIC_RULES
 from skyrl_train.config.check_engine import ENGINE_RULES
 from skyrl_train.config.check_lora import LORA_RULES
 from skyrl_train.config.check_policy import POLICY_RULES
@@ -142,4 +143,5 @@ RULES: tuple[Rule, ...] = (
     *ENGINE_RULES,
     *SESSION_RULES,
     *SPECULATION_RULES,
+    *DETERMINISTIC_RULES,
 )

@@ -105,16 +105,20 @@ UNBUILT: tuple[Unbuilt, ...] = (
         instead="ngram, standalone, eagle or eagle3",
         values=_one_of("auto"),
     ),
-    Unbuilt(
-        prefix="generator.deterministic_inference",
-        feature="batch-invariant inference in the embedded engine",
-        instead="leave it out: on the CPU the same seed gives the same run",
-        backends=("embedded",),
+    *(
+        Unbuilt(
+            prefix=f"generator.lora.{key}",
+            feature="a server's own way of computing and loading adapters in the embedded engine",
+            instead="leave it out",
+            backends=("embedded",),
+        )
+        for key in ("backend", "max_chunk_size", "overlap_loading", "drain_wait_threshold_s")
     ),
     Unbuilt(
-        prefix="generator.lora",
-        feature="adapters in the embedded engine",
-        instead="leave it out",
+        prefix="generator.lora.strict_loading",
+        feature="adapters that fit the model in part only",
+        instead="leave it out: each tensor of an adapter is checked by name",
+        values=_one_of(False),
         backends=("embedded",),
     ),
     *(

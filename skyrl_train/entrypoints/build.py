@@ -27,6 +27,7 @@ from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
+from skyrl_train.entrypoints.build_adapters import adapter_limits, serve_trained_adapter, serves_policy_as_adapter
 from skyrl_train.entrypoints.build_async import own_weights
 from skyrl_train.entrypoints.build_off_policy import corrections, mismatch_watch, respect_logprob_space, watch_engine
 from skyrl_train.entrypoints.build_rollouts import sampling_params
@@ -74,6 +75,7 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
         offload_reference=keys.ref.offload_after_forward and device != "cpu",
         temperature=config.generator.sampling_params.temperature,
         gradient_checkpointing=keys.gradient_checkpointing,
+        on_policy_target=_is_embedded_target(config),
     )
     kl_controller = _kl_controller(algorithm)
     return Learner(
@@ -92,11 +94,20 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
     )
 
 
+def _is_embedded_target(config: Config) -> bool:
+    """Whether the trainer computes as the engine in this process does; a server is told to compute as trainers do."""
+    generator = config.generator
+    return generator.backend == "embedded" and generator.deterministic_inference.rl_on_policy_target is not None
+
+
 def weights_for(config: Config) -> WeightsFor:
-    """The form in which the engine takes new weights. A server gets the adapter where one is trained and served."""
+    """The form in which the engine takes new weights: the adapter where one is trained and served."""
+    as_adapter = serves_policy_as_adapter(config)
     if config.generator.backend == "embedded":
+        if as_adapter:
+            return "frozen_base"
         return "copy" if config.trainer.fully_async.enabled else "module"
-    return "adapter" if config.trainer.policy.model.lora.rank and config.generator.lora.enabled else "server"
+    return "adapter" if as_adapter else "server"
 
 
 def _critic(config: Config, model_folder: Path, *, total_steps: int) -> CriticTrainer:
@@ -229,9 +240,12 @@ def build_engine(
     engine: Engine
     module: torch.nn.Module | None
     version: Callable[[], int]
+    make_module = None
     if config.generator.backend == "embedded":
         engine = embedded = _embedded(config, learner, tokenizer)
         version, module = lambda: embedded.core.policy_version, embedded.core.model
+        if serves_policy_as_adapter(config):
+            module, make_module = None, serve_trained_adapter(embedded, learner)
     else:
         # Its tensors are in another process, and it serves what the trainer exported last.
         version, module = lambda: learner.trainer.version, None
@@ -242,16 +256,17 @@ def build_engine(
             )
     respect_logprob_space(config.trainer.algorithm, engine.info, sampling)
     space = engine.info.logprob_space
-    watch_engine(learner.watch, EngineView(logprob_space=space, sampling=sampling, version=version, module=module))
+    view = EngineView(logprob_space=space, sampling=sampling, version=version, module=module, make_module=make_module)
+    watch_engine(learner.watch, view)
     return engine
 
 
 def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngine:
     """Over the trainer's very module, or a copy where both work at once.
 
-    With adapters it has matrices of its own, in which they are merged.
+    With adapters over what of it is frozen; merged, it has matrices of its own.
     """
-    model = learner.trainer.engine_model
+    model = learner.trainer.frozen_base() if serves_policy_as_adapter(config) else learner.trainer.engine_model
     is_trained = model is learner.trainer.model
     return engine_over(
         own_weights(model) if config.trainer.fully_async.enabled and is_trained else model,
@@ -276,6 +291,8 @@ def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, polic
             max_context_len=keys.max_model_len,
             kv_cache_frac=keys.gpu_memory_utilization or 0.3,
             enable_prefix_caching=keys.enable_prefix_caching,
+            lora=adapter_limits(config),
+            deterministic=keys.deterministic_inference.enabled,
             seed=keys.random_seed if keys.random_seed is not None else config.trainer.seed,
             **{name: value for name, value in optional.items() if value is not None},
         ),

@@ -65,13 +65,13 @@ def token_logprobs(
     if max_chunk_bytes is None:
         max_chunk_bytes = MAX_CHUNK_BYTES.get(hidden.device.type, 64 << 20)
     num_rows = max(1, max_chunk_bytes // (4 * weight.shape[0]))
-    logprobs, entropy = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+    logprobs, entropy = ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, target_ids, temperature, transform or LogitTransform(), num_rows
     )
     return TokenLogprobs(logprobs=logprobs, entropy=entropy)
 
 
-class _ChunkedLogprobs(torch.autograd.Function):
+class ChunkedLogprobs(torch.autograd.Function):
     """Keeps [N] results only and makes each chunk's logits again for the gradient.
 
     With z the logits over temperature, p = softmax(z), H the entropy:

@@ -14,7 +14,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from skyrl_train.data.pack import MicroBatch
 from skyrl_train.engines.base import LogprobSpace
 from skyrl_train.engines.logprob_space import Sampling, comparable
 from skyrl_train.errors import LogprobMismatchError
-from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.model import PolicyHead
 from skyrl_train.training.trainer import PolicyTrainer
 from skyrl_train.types import NamedWeights, TrainBatch, TrajectoryId
@@ -119,12 +118,16 @@ def _turn(positions: torch.Tensor, position: torch.Tensor) -> tuple[int, int]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class EngineView:
-    """What of an engine can be looked at. `module` None: it is not in this process. `version` is what it serves now."""
+    """What of an engine can be looked at. `module` None: it is not in this process. `version` is what it serves now.
+
+    `make_module` stands for a module that isn't there until somebody wants to look at it: an adapter, merged.
+    """
 
     logprob_space: LogprobSpace
     sampling: Sampling
     version: Callable[[], int]
     module: torch.nn.Module | None = None
+    make_module: Callable[[], torch.nn.Module] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,8 @@ def diagnose(
     if engine is not None:
         unlike = comparable(engine.logprob_space, engine.sampling)
         space = unlike or f"comparable ({engine.logprob_space}, temperature {engine.sampling.temperature:g})"
+    if engine is not None and engine.make_module is not None:
+        engine = replace(engine, module=engine.make_module())
     if engine is not None and engine.module is trainer.model:
         weights = "the engine runs the trainer's own tensors"
         report = "the engine runs the trainer's own module"
@@ -246,7 +251,7 @@ def _run(
             micro_batch.position_ids.to(device),
             micro_batch.predict_rows.to(device),
             micro_batch.target_ids.to(device),
-            packed_attention(micro_batch, device=device, dtype=model.dtype),
+            head.attention(micro_batch),
         )
     return outputs, float(result.logprobs[index])
 

@@ -11,12 +11,15 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from skyrl_train.attention import ATTENTION_NAME, AttentionContext
+from skyrl_train.data.pack import MicroBatch
 from skyrl_train.errors import ConfigError
+from skyrl_train.training.attention import packed_attention
 from skyrl_train.training.logprobs import LogitTransform, TokenLogprobs, token_logprobs
 
 PROBE_TOKENS = 5
@@ -125,6 +128,10 @@ class PolicyHead:
         other.temperature = temperature
         return other
 
+    def attention(self, micro_batch: MicroBatch) -> AttentionContext:
+        """How the rows of this micro-batch, and of no other, look at each other."""
+        return packed_attention(micro_batch, device=self.model.device, dtype=self.model.dtype)
+
     def __call__(
         self,
         token_ids: torch.Tensor,
@@ -146,10 +153,11 @@ class PolicyHead:
 
 
 def hidden_states(
-    model: PreTrainedModel, token_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
+    model: torch.nn.Module, token_ids: torch.Tensor, position_ids: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
     """Last hidden states [T, H] of one packed row [T], after the model's final norm."""
-    out = model.base_model(
+    base: Any = model.base_model
+    out = base(
         input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, attention_context=context
     )
     hidden: torch.Tensor = out.last_hidden_state[0]

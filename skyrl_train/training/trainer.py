@@ -22,14 +22,14 @@ from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.algorithms.policy_losses import LossInputs
 from skyrl_train.algorithms.reductions import Denominators
 from skyrl_train.data.pack import MicroBatch, pack
-from skyrl_train.errors import CheckpointError
-from skyrl_train.training.attention import packed_attention
+from skyrl_train.errors import CheckpointError, ConfigError
 from skyrl_train.training.hf_tensors import checkpoint_tensors
 from skyrl_train.training.logprobs import TokenLogprobs
 from skyrl_train.training.lora import Adapters, ChangedTensors
 from skyrl_train.training.model import PolicyHead, export_hf, refuse_dropout
 from skyrl_train.training.model_state import load_model_state, save_model_state
 from skyrl_train.training.offload import HostMemory
+from skyrl_train.training.on_policy import OnPolicyHead
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings, StepStats
 from skyrl_train.training.step_metrics import StepMetrics
 from skyrl_train.training.token_selection import select_tokens
@@ -64,9 +64,12 @@ class PolicyTrainer:
         offload_reference: bool = False,
         temperature: float = 1.0,
         gradient_checkpointing: bool = False,
+        on_policy_target: bool = False,
         version: int = 0,
     ) -> None:
-        """With `offload_reference` it is in host memory but for its own forward passes.
+        """With `on_policy_target` log-probabilities are those of a deterministic embedded engine to the bit.
+
+        With `offload_reference` it is in host memory but for its own forward passes.
 
         With `adapters` of this model only they are trained; the `reference` "start" is then the same model before
         its first update, and takes no memory.
@@ -82,14 +85,17 @@ class PolicyTrainer:
         if adapters is None:
             refuse_dropout(model)
         self._kept = model if adapters is None else ChangedTensors(model, adapters)
-        self._heads: dict[WhichModel, PolicyHead] = {"policy": PolicyHead(model, temperature=temperature)}
+        if on_policy_target and (adapters is not None or gradient_checkpointing):
+            raise ConfigError("rl_on_policy_target is built for training all weights without gradient checkpointing")
+        make_head = OnPolicyHead if on_policy_target else PolicyHead
+        self._heads: dict[WhichModel, PolicyHead] = {"policy": make_head(model, temperature=temperature)}
         self._reference_is_start = reference == "start"
         if reference == "start":
             assert adapters is not None, "without adapters the weights of the start are gone after the first update"
             self._heads["reference"], reference = self._heads["policy"], None
         elif reference is not None:
             reference.eval().requires_grad_(False)  # type: ignore[no-untyped-call]
-            self._heads["reference"] = PolicyHead(reference, temperature=temperature)
+            self._heads["reference"] = make_head(reference, temperature=temperature)
         self.offloaded = HostMemory(
             reference.parameters() if reference is not None and offload_reference else (), constant=True
         )
@@ -114,6 +120,11 @@ class PolicyTrainer:
             assert self._adapters is not None
             self._engine_model = self._adapters.merged_model()
         return self._engine_model
+
+    def frozen_base(self) -> PreTrainedModel:
+        """What an engine in this process runs beside the adapter: a plain module of the very frozen tensors."""
+        assert self._adapters is not None, "this trainer has no adapters"
+        return self._adapters.base_model()
 
     @property
     def head(self) -> PolicyHead:
@@ -223,12 +234,18 @@ class PolicyTrainer:
         source = NamedWeights(tensors=checkpoint_tensors(self._model), still_valid=self._until_written())
         return WeightUpdate(version=version, source=source)
 
-    def export_adapter(self, version: int) -> WeightUpdate:
-        """The adapter of `version` in peft's form, for an engine that has the untouched model: new tensors."""
+    def export_adapter(self, version: int, *, for_base_model: bool = False) -> WeightUpdate:
+        """The adapter of `version` in peft's form, for an engine that has the untouched model: new tensors.
+
+        `for_base_model`: for one that has `frozen_base`.
+        """
         self._check(version)
         assert self._adapters is not None, "this trainer has no adapters"
         adapters = self._adapters
-        source = AdapterWeights(tensors=adapters.exported_tensors(), config=adapters.exported_config())
+        source = AdapterWeights(
+            tensors=adapters.exported_tensors(for_base_model=for_base_model),
+            config=adapters.exported_config(for_base_model=for_base_model),
+        )
         return WeightUpdate(version=version, source=source)
 
     def export(self, tokenizer: PreTrainedTokenizerBase | None, folder: str | Path) -> Path:
@@ -281,7 +298,7 @@ class PolicyTrainer:
             self._to_device(micro_batch.position_ids),
             self._to_device(micro_batch.predict_rows),
             self._to_device(micro_batch.target_ids),
-            packed_attention(micro_batch, device=head.model.device, dtype=head.model.dtype),
+            head.attention(micro_batch),
         )
 
     def _to_device(self, tensor: torch.Tensor) -> torch.Tensor:

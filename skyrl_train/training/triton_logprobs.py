@@ -4,7 +4,7 @@
     backward   logits [n, V] -> gradient [n, V], written over the logits        reads and writes each once
 
 The logits are a matrix product's output in the model's own type; all arithmetic on them is float32 in registers.
-Formulas: see `logprobs._ChunkedLogprobs`, whose tensor operations are the reference of these kernels.
+Formulas: see `logprobs.ChunkedLogprobs`, whose tensor operations are the reference of these kernels.
 
 Shapes: n rows, V words.
 """

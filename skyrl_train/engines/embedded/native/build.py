@@ -21,12 +21,14 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "sampling.c", "elementwise.c", "packed_linear.c")
+SOURCES = ("attention.c", "sampling.c", "elementwise.c", "invariant.c", "packed_linear.c")
 HEADERS = ("vector.h", "bfloat16.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math"),
 )
+FLAGS_OF = {"invariant.c": ("-ffp-contract=off",)}
+"""More for single files."""
 
 
 class NativeUnavailable(Exception):
@@ -51,7 +53,7 @@ def _built_library() -> Path:
     if compiler is None:
         raise NativeUnavailable("there is no C compiler (cc, gcc or clang)")
     folder = Path(__file__).parent
-    digest = hashlib.sha256("\0".join((*FLAGS, _run([compiler, "--version"]), _cpu())).encode())
+    digest = hashlib.sha256("\0".join((*FLAGS, str(FLAGS_OF), _run([compiler, "--version"]), _cpu())).encode())
     for name in (*SOURCES, *HEADERS):
         digest.update((folder / name).read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "skyrl_train" / "native"
@@ -71,7 +73,7 @@ def _compile(compiler: str, folder: Path, scratch: Path) -> None:
     objects = []
     for name in SOURCES:
         objects.append(str(scratch / f"{name}.o"))
-        _run([compiler, *FLAGS, "-c", str(folder / name), "-o", objects[-1]])
+        _run([compiler, *FLAGS, *FLAGS_OF.get(name, ()), "-c", str(folder / name), "-o", objects[-1]])
     # No -fopenmp here: it would link the compiler's own OpenMP runtime.
     _run([compiler, "-shared", "-o", str(scratch / "kernels.so"), *objects, "-lm"])
 
