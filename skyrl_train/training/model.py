@@ -157,9 +157,7 @@ def hidden_states(
 ) -> torch.Tensor:
     """Last hidden states [T, H] of one packed row [T], after the model's final norm."""
     base: Any = model.base_model
-    out = base(
-        input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, attention_context=context
-    )
+    out = base(input_ids=token_ids[None], position_ids=position_ids[None], use_cache=False, attention_context=context)
     hidden: torch.Tensor = out.last_hidden_state[0]
     return hidden
 

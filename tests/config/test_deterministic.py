@@ -22,7 +22,12 @@ def test_both_are_taken_on_a_cpu() -> None:
         ((TARGET,), "needs generator.deterministic_inference.enabled=true"),
         ((ENABLED, "trainer.placement.policy_num_gpus_per_node=1"), "is built for the CPU in the embedded engine"),
         ((ENABLED, "trainer.policy.model.dtype=bfloat16"), "is built for float32 in the embedded engine"),
-        ((ENABLED, "generator.engine_init_kwargs.attention_backend=reference"), "has an attention of its own"),
+        (
+            (ENABLED, "generator.engine_init_kwargs.attention_backend=reference"),
+            "has attention and linear maps of its own",
+        ),
+        ((ENABLED, "generator.engine_init_kwargs.pack_weights=true"), "has attention and linear maps of its own"),
+        ((ENABLED, "generator.lora.enabled=true"), "what an adapter adds is computed in a way that depends on"),
         ((ENABLED, TARGET, "trainer.policy.model.lora.rank=8"), "the engine runs merged matrices"),
         ((ENABLED, TARGET, "trainer.gradient_checkpointing=true"), "not built with recomputed activations"),
     ],

@@ -69,6 +69,11 @@ class EmbeddedConfig:
                 f"embedded engine: max_num_batched_tokens {self.max_num_batched_tokens} can't hold one row for each of "
                 f"max_num_seqs {self.max_num_seqs} requests; raise the first or lower the second"
             )
+        if self.deterministic and (self.attention_backend != "auto" or self.pack_weights):
+            raise ConfigError(
+                "embedded engine: deterministic has attention and linear maps of its own; leave attention_backend "
+                f"{self.attention_backend!r} and pack_weights {self.pack_weights} out"
+            )
         if self.deterministic and self.lora is not None:
             raise ConfigError(
                 "embedded engine: deterministic and lora don't go together: what an adapter adds is computed in a way "

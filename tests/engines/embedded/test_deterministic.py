@@ -155,6 +155,8 @@ def test_what_it_is_not_built_for_is_refused_when_the_engine_is_made() -> None:
         make_core(make_model("gemma3_text"), deterministic=True)
     with pytest.raises(ConfigError, match="head size that 16 divides, up to 256; layer 0 has head size 8"):
         make_core(make_model("qwen3", head_dim=8), deterministic=True)
+    with pytest.raises(ConfigError, match="has attention and linear maps of its own"):
+        make_core(deterministic=True, attention_backend="reference")
     with pytest.raises(ConfigError, match="built for float32"):
         make_core(make_model().to(torch.bfloat16), deterministic=True)
 
