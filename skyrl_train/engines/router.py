@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 from skyrl_train.engines.affinity import Affinity
 from skyrl_train.engines.base import Engine, EngineInfo, EngineStats, Occupant, PauseMode
+from skyrl_train.engines.deadline import Deadline
 from skyrl_train.engines.joined import joined_info, joined_metrics, joined_stats
 from skyrl_train.engines.rotation import Place, Rotation, gather_all
 from skyrl_train.engines.routed_sessions import RoutedSessions
@@ -94,6 +95,12 @@ class RoutedEngine:
         name = request.request_id
         if name in self._running:
             raise RequestRejected(f"request {name}: engine {self._info.name} has a running request of this id")
+        async with Deadline(request, self.abort) as deadline:
+            # The time goes on while the request moves from an engine to another.
+            return deadline.marked(await self._serve(replace(request, deadline_s=None)))
+
+    async def _serve(self, request: GenerateRequest) -> Completion:
+        name = request.request_id
         running = self._running[name] = _Running()
         try:
             while True:

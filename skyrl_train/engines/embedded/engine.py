@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 
 from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMode
+from skyrl_train.engines.deadline import Deadline
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore, Finished
 from skyrl_train.engines.embedded.drivers import Driver, InlineDriver, ThreadDriver
@@ -103,17 +105,24 @@ class EmbeddedEngine:
     # -- requests
 
     async def generate(self, request: GenerateRequest) -> Completion:
-        caller = await self._submit(request, streams=False)
-        try:
-            return await caller.done
-        finally:
-            self._leave(request.request_id, caller)
+        async with Deadline(request, self.abort) as deadline:
+            caller = await self._submit(request, streams=False)
+            try:
+                return deadline.marked(await caller.done)
+            finally:
+                self._leave(request.request_id, caller)
 
     async def stream(self, request: GenerateRequest) -> AsyncGenerator[StreamedTokens, None]:
         """Like `generate`, in pieces as they are sampled; leaving the iteration aborts the request.
 
         Steps that were made while the reader was busy come as one piece: a slow reader has less to do, not more.
         """
+        async with Deadline(request, self.abort) as deadline, aclosing(self._pieces_of(request)) as pieces:
+            async for piece in pieces:
+                whole = piece.completion
+                yield piece if whole is None else replace(piece, completion=deadline.marked(whole))
+
+    async def _pieces_of(self, request: GenerateRequest) -> AsyncGenerator[StreamedTokens, None]:
         caller = await self._submit(request, streams=True)
         pieces = caller.pieces
         assert pieces is not None
@@ -238,10 +247,12 @@ class EmbeddedEngine:
         await self._driver.call(self.core.flush_cache)
 
     async def sleep(self, release: Sequence[Occupant]) -> None:
-        raise RequestRejected(f"engine {self.info.name} can't sleep")
+        names = tuple(release)
+        await self._driver.call(self._guarded(lambda: self.core.sleep(names)))
 
     async def wake(self, restore: Sequence[Occupant]) -> None:
-        raise RequestRejected(f"engine {self.info.name} can't sleep")
+        names = tuple(restore)
+        await self._driver.call(self._guarded(lambda: self.core.rest.end(names)))
 
     async def close(self) -> None:
         """Open requests fail with EngineUnavailable. A second call does nothing."""

@@ -18,6 +18,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 import torch
 
 from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMode
+from skyrl_train.engines.deadline import Deadline
 from skyrl_train.engines.server.client import ServerTraits
 from skyrl_train.engines.server.counters import Counters
 from skyrl_train.engines.server.lifeline import Life, Lifeline
@@ -169,7 +170,8 @@ class ServerEngine:
     async def generate(self, request: GenerateRequest) -> Completion:
         self._lives.check_open()
         self._check_request(request)
-        return await self._traffic.generate(request)
+        async with Deadline(request, self.abort) as deadline:
+            return deadline.marked(await self._traffic.generate(request))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
         await self._returning(self._traffic.abort(list(request_ids)))
@@ -509,6 +511,11 @@ class ServerEngine:
         if request.adapter is not None and request.adapter not in self._adapters:
             known = ", ".join(sorted(self._adapters)) or "none"
             raise RequestRejected(f"request {rid}: engine {name} has no adapter {request.adapter!r}; it has {known}")
+        if sampling.logit_processor is not None:
+            raise RequestRejected(
+                f"request {rid}: engine {name} runs no logit processors by their dotted path "
+                f"({sampling.logit_processor.path}); the embedded engine does"
+            )
         for asked, capability in (
             (request.session is not None, "sessions"),
             (request.priority != 0, "priority"),
