@@ -62,6 +62,8 @@ class EngineStats:
     num_steps_total: int
     accept_len: float | None = None
     num_sessions: int = 0
+    num_host_cached_tokens_total: int = 0
+    """Tokens read back from a host tier behind the KV cache; prompt tokens among them count as cached too."""
     num_restarts_total: int = 0
     num_resent_total: int = 0
 

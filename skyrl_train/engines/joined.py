@@ -17,6 +17,7 @@ _SUMMED = (
     "num_generated_tokens_total",
     "num_retractions_total",
     "num_evicted_tokens_total",
+    "num_host_cached_tokens_total",
     "num_steps_total",
     "num_sessions",
     "num_restarts_total",

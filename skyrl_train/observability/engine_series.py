@@ -25,6 +25,7 @@ _COUNTERS = (
     ("skyrl_generated_tokens", "Tokens sampled.", "num_generated_tokens_total"),
     ("skyrl_retractions", "Times a running request was sent back to the queue.", "num_retractions_total"),
     ("skyrl_evicted_tokens", "Tokens dropped from the prefix cache.", "num_evicted_tokens_total"),
+    ("skyrl_host_cached_tokens", "Tokens read back from host memory.", "num_host_cached_tokens_total"),
     ("skyrl_steps", "Steps of the engine.", "num_steps_total"),
     ("skyrl_engine_restarts", "Times a server was lost and started again.", "num_restarts_total"),
     (

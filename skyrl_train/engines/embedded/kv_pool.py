@@ -5,9 +5,14 @@
 
 A request's tokens may lie in any slots; a table [request, position] -> slot says where. Nothing here knows
 who owns a slot: the prefix cache and the scheduler do, and `check_integrity` of the core adds them up.
+
+`give_back` returns the tensors' memory to the system and `take_again` gets as much again, without content. The tensors
+stay the same objects; their addresses change.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +42,27 @@ class KVPool:
     @property
     def num_free(self) -> int:
         return self._num_free
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all keys and values while the memory is here."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def give_back(self) -> int:
+        """How many bytes. No slot may be taken. Nothing but `take_again` may follow."""
+        assert self._num_free == self.num_slots, f"{self.num_slots - self._num_free} slots are in use"
+        for tensor in self._tensors():
+            tensor.untyped_storage().resize_(0)
+        return self.num_bytes
+
+    def take_again(self) -> None:
+        """Raises torch's RuntimeError where there is no room; it can be called again then."""
+        for tensor in self._tensors():
+            tensor.untyped_storage().resize_(tensor.nbytes)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        yield from self.keys.values()
+        yield from self.values.values()
 
     def allocate(self, count: int) -> Slots:
         """`count` free slots, the most recently freed first (their pages are warm)."""

@@ -12,6 +12,8 @@ of its own, under which nothing of another namespace is ever found. Slots, ages 
 
 `num_pins` counts the pins whose path passes through the node. A pin asks for its path to be kept: pinned leaves are
 evicted after all others, and only then. What is left of the path keeps the pin, which moves up to where that ends.
+
+With a host tier (see host_tier) what is evicted is copied there first, and `evicted_after` finds it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from skyrl_train.engines.embedded.host_tier import Evicted, EvictedRun, HostTier
 from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
 
 Tokens = npt.NDArray[np.int32]
@@ -63,8 +66,9 @@ class Node:
 class RadixCache:
     """`num_evictable` slots could be freed now; `num_evicted_total` were, so far; `num_pinned` are under a pin."""
 
-    def __init__(self, pool: KVPool) -> None:
+    def __init__(self, pool: KVPool, tier: HostTier | None = None) -> None:
         self._pool = pool
+        self.tier = tier
         self._serial = 0
         self._clock = 0
         self.root = Node(None, _EMPTY, _EMPTY, 0)
@@ -104,6 +108,21 @@ class RadixCache:
         if len(parts) == 1:
             return node, parts[0]
         return node, np.concatenate(parts) if parts else _EMPTY
+
+    def cached_len(self, tokens: Tokens, below: Node) -> tuple[int, int]:
+        """How many of `tokens` are below that node, and how many of those are in use; changes nothing."""
+        node, done, held = below, 0, 0
+        while done < len(tokens):
+            child = node.children.get(int(tokens[done]))
+            if child is None:
+                break
+            common = _common_prefix(child.tokens, tokens[done:])
+            done += common
+            held += common if child.ref_count else 0
+            if common < len(child.tokens):
+                break
+            node = child
+        return done, held
 
     def extend(self, node: Node, tokens: Tokens, slots: Slots) -> Node:
         """Hang `tokens` below `node` and take over their `slots`; no child may start with the same token."""
@@ -189,6 +208,7 @@ class RadixCache:
         """Free exactly `count` slots; at least so many must be evictable."""
         assert count <= self.num_evictable, (count, self.num_evictable)
         self.num_evicted_total += count
+        evicted: list[Evicted] = []
         while count > 0:
             age, node = heapq.heappop(self._heap)
             alive = node.parent is not None and node.ref_count == 0 and not node.children
@@ -196,6 +216,8 @@ class RadixCache:
                 continue  # an older offer of a node that was used, pinned, split or evicted since
             taken = min(count, len(node.tokens))
             keep = len(node.tokens) - taken
+            if self.tier is not None:
+                evicted.append(self._path(node, keep))
             self._pool.free(node.slots[keep:])
             self.num_evictable -= taken
             self.num_pinned -= taken if node.num_pins else 0
@@ -205,6 +227,21 @@ class RadixCache:
                 self._offer(node)
             else:
                 self._drop_leaf(node)
+        if self.tier is not None:
+            self.tier.keep(evicted)
+
+    def make_room(self, count: int) -> None:
+        """Free `count` slots; with a tier perhaps more, for copies are cheaper together."""
+        more = 0 if self.tier is None else min(self.tier.evicts_at_once, self.num_evictable)
+        self.evict(max(count, more))
+
+    def evicted_after(self, root: Node, tokens: Tokens, begin: int) -> EvictedRun | None:
+        """What the tier has of the path `tokens` from `begin` on; None without a tier."""
+        return None if self.tier is None else self.tier.find(self._namespace(root), tokens, begin)
+
+    def holders(self) -> list[KVPool | HostTier]:
+        """Of the memory under the cache."""
+        return [self._pool, *([] if self.tier is None else [self.tier])]
 
     def flush(self) -> None:
         """Forget everything. No node may be locked. Pins stay, with nothing under them."""
@@ -212,12 +249,16 @@ class RadixCache:
         for namespace in list(self._roots):
             self.forget(namespace)
         self._heap.clear()
+        if self.tier is not None:
+            self.tier.flush()
         assert self._num_nodes == self.num_evictable == self.num_pinned == 0
         self.num_flushes_total += 1
 
     def forget(self, namespace: int) -> None:
         """Everything under its root: the weights that made it are gone. None of it may be locked. Pins stay."""
-        root = self._roots.get(namespace, self.root)
+        if namespace not in self._roots:
+            return
+        root = self._roots[namespace]
         for node in _below(root):
             assert node.ref_count == 0, f"{len(node.tokens)} tokens are in use"
             self._pool.free(node.slots)
@@ -228,6 +269,8 @@ class RadixCache:
             self._move_pins(node, self.root)
         self._move_pins(root, self.root)
         root.children.clear()
+        if self.tier is not None:
+            self.tier.forget(namespace)
         if root is not self.root:
             del self._roots[namespace]
 
@@ -236,6 +279,8 @@ class RadixCache:
         return (node for root in self._roots.values() for node in _below(root))
 
     def check_integrity(self) -> None:
+        if self.tier is not None:
+            self.tier.check_integrity()
         evictable = locked = pinned = num_nodes = 0
         num_pins = sum(len(root.pins) for root in self._roots.values())
         assert all(root.parent is None and not root.ref_count for root in self._roots.values())
@@ -259,6 +304,23 @@ class RadixCache:
         for node in self.nodes():
             if node.ref_count == 0 and not node.children:
                 assert (node.age(), id(node)) in offers, "an evictable leaf that eviction would never find"
+
+    def _namespace(self, root: Node) -> int:
+        return next(namespace for namespace, one in self._roots.items() if one is root)
+
+    def _path(self, node: Node, keep: int) -> Evicted:
+        """From the root to `node`, whose tokens from `keep` on are about to go."""
+        nodes = [node]
+        while (parent := nodes[-1].parent) is not None:
+            nodes.append(parent)
+        root = nodes.pop()
+        tokens = np.concatenate([step.tokens for step in reversed(nodes)])
+        return Evicted(
+            namespace=self._namespace(root),
+            tokens=tokens,
+            slots=np.concatenate([step.slots for step in reversed(nodes)]),
+            begin=len(tokens) - len(node.tokens) + keep,
+        )
 
     def _new_node(self, parent: Node | None, tokens: Tokens, slots: Slots) -> Node:
         self._serial += 1
