@@ -81,7 +81,7 @@ class EagleDrafter:
         self._hot = words
         self._logits = logits_of(self._head.twin, target, words)  # type: ignore[arg-type]
         parameter = next(head.parameters())
-        self._shape = _kv_shape(head, parameter.dtype)
+        self._shape = kv_shape(head, parameter.dtype)
         self._pool = KVPool({0: self._shape}, num_slots + 1 + num_seats * settings.num_spare, parameter.device)
         self._backend: AttentionBackend = make_backend(attention_backend, parameter.device, {0: self._shape}, native)
         self._pick: Pick = pick if native is None else NativePick(native)
@@ -277,7 +277,7 @@ class _Guessing:
         return positions, slots, self.table
 
 
-def _kv_shape(head: Head, dtype: torch.dtype) -> KVShape:
+def kv_shape(head: Head, dtype: torch.dtype) -> KVShape:
     config = head.config
     return KVShape(
         num_heads=config.num_attention_heads,
