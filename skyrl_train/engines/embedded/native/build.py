@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "sampling.c", "elementwise.c", "invariant.c", "packed_linear.c")
+SOURCES = ("attention.c", "sampling.c", "elementwise.c", "invariant.c", "packed_linear.c", "ngram.c")
 HEADERS = ("vector.h", "bfloat16.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),
