@@ -9,7 +9,7 @@ from skyrl_train.config.check_server import sglang_findings, vllm_findings
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
 from skyrl_train.config.placement import take_turns
 
-EMBEDDED_KWARGS = ("attention_backend", "chunked_prefill", "extra_eos_token_ids", "kv_cache_tokens")
+EMBEDDED_KWARGS = ("attention_backend", "chunked_prefill", "cuda_kernels", "extra_eos_token_ids", "kv_cache_tokens")
 DETERMINISTIC_KERNELS = ("ascend", "fa3", "fa4", "flashinfer", "intel_xpu", "triton")
 
 
@@ -148,6 +148,22 @@ def metrics(checked: Checked) -> Iterator[Finding]:
         yield warning("generator.metrics.logging.level=3 writes every prompt and answer to the log")
 
 
+def _host_cache(checked: Checked) -> Iterator[Finding]:
+    cache = checked.config.generator.hierarchical_cache
+    if not cache.enabled:
+        for name in ("ratio", "size_gb", "write_policy"):
+            if checked.is_set(f"generator.hierarchical_cache.{name}"):
+                yield warning(
+                    f"{checked.show(f'generator.hierarchical_cache.{name}')} has no effect while "
+                    "generator.hierarchical_cache.enabled=false"
+                )
+    elif checked.config.trainer.placement.policy_num_gpus_per_node:
+        yield error(
+            "generator.hierarchical_cache.enabled=true: the embedded engine has it on the CPU only; set "
+            "trainer.placement.policy_num_gpus_per_node=0, or use generator.backend=sglang"
+        )
+
+
 def caches(checked: Checked) -> Iterator[Finding]:
     generator = checked.config.generator
     cache = generator.hierarchical_cache
@@ -161,6 +177,8 @@ def caches(checked: Checked) -> Iterator[Finding]:
             f"{checked.show('generator.hierarchical_cache.ratio')} and "
             f"{checked.show('generator.hierarchical_cache.size_gb')} both size the host pool; keep one of them"
         )
+    if generator.backend == "embedded":
+        yield from _host_cache(checked)
     scales, dtype = generator.kv_cache.quantization_param_path, generator.kv_cache.dtype or "auto"
     if scales is not None and not dtype.startswith("fp8"):
         yield error(

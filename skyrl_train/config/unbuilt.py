@@ -140,11 +140,29 @@ UNBUILT: tuple[Unbuilt, ...] = (
         "or generator.engine_init_kwargs.{kv_cache_tokens,chunked_prefill}",
         backends=("embedded",),
     ),
+    Unbuilt(
+        prefix="generator.hierarchical_cache.write_policy",
+        feature="copying prefixes to the host before they are evicted, in the embedded engine",
+        instead="write_back",
+        values=_one_of("write_through", "write_through_selective"),
+        backends=("embedded",),
+    ),
+    *(
+        Unbuilt(
+            prefix=f"generator.hierarchical_cache.{key}",
+            feature="a server's own way of moving and storing prefixes in the embedded engine",
+            instead="leave it out",
+            backends=("embedded",),
+        )
+        for key in (
+            *("io_backend", "mem_layout", "storage_backend", "storage_prefetch_policy"),
+            "storage_backend_extra_config",
+        )
+    ),
     *(
         Unbuilt(prefix=f"generator.{group}", feature="a server of its own", instead=_SERVERS, backends=("embedded",))
         for group in (
             "kv_cache",
-            "hierarchical_cache",
             "attention",
             "cuda_graph",
             "torch_compile",

@@ -21,6 +21,7 @@ from skyrl_train.algorithms.selections import SELECTIONS
 from skyrl_train.config.placement import needs_critic, needs_reference
 from skyrl_train.config.schema import Config
 from skyrl_train.config.schema_algorithm import Algorithm
+from skyrl_train.config.schema_server import HierarchicalCache
 from skyrl_train.config.schema_trainer import Lora as LoraKeys
 from skyrl_train.config.schema_trainer import PolicyOptimizer
 from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
@@ -45,6 +46,9 @@ from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
 
 logger = logging.getLogger(__name__)
+
+HOST_CACHE_RATIO = 2.0
+"""Where no size is named, as in SGLang."""
 
 
 def device_of(config: Config) -> str:
@@ -276,6 +280,15 @@ def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngin
     )
 
 
+def _host_cache(keys: HierarchicalCache) -> dict[str, float]:
+    """Of EmbeddedConfig."""
+    if not keys.enabled:
+        return {}
+    if keys.size_gb:
+        return {"host_cache_gb": float(keys.size_gb)}
+    return {"host_cache_ratio": keys.ratio or HOST_CACHE_RATIO}
+
+
 def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, policy_version: int = 0) -> EmbeddedEngine:
     """The embedded engine over this very module."""
     keys = config.generator
@@ -291,6 +304,7 @@ def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, polic
             max_context_len=keys.max_model_len,
             kv_cache_frac=keys.gpu_memory_utilization or 0.3,
             enable_prefix_caching=keys.enable_prefix_caching,
+            **_host_cache(keys.hierarchical_cache),
             lora=adapter_limits(config),
             deterministic=keys.deterministic_inference.enabled,
             seed=keys.random_seed if keys.random_seed is not None else config.trainer.seed,

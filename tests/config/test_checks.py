@@ -393,6 +393,8 @@ def test_the_embedded_engines_kwargs_are_those_that_have_no_key() -> None:
         "kv_cache_frac",
         "deterministic",
         "enable_prefix_caching",
+        "host_cache_gb",
+        "host_cache_ratio",
         "seed",
     }
     assert {field.name for field in fields(EmbeddedConfig)} - with_keys == set(EMBEDDED_KWARGS)

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+from skyrl_train.config.load import load_config
+from skyrl_train.config.schema import Config
 from skyrl_train.engines.embedded import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore
 from skyrl_train.engines.embedded.host_tier import BLOCK, Evicted, HostTier, block_hashes
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.runner import KVShape
+from skyrl_train.entrypoints.build import engine_over
 from skyrl_train.errors import ConfigError
 from skyrl_train.types import Completion, GenerateRequest, LocalWeights, SessionRef, WeightUpdate
 from tests.engines.embedded.common import Prompt, make_core, random_prompts, request, run
@@ -284,3 +287,39 @@ def test_a_size_below_one_block_is_refused_and_a_size_in_bytes_is_counted_in_tok
         make_core(MODEL, host_cache_ratio=0.05)
     # Two layers, keys and values, 2 heads of 16 numbers of 4 bytes: 512 bytes a token.
     assert tier_of(make_core(MODEL, host_cache_gb=512 * 160 / 1e9)).num_blocks == 10
+
+
+def loaded(*overrides: str) -> Config:
+    return load_config(["trainer.placement.policy_num_gpus_per_node=0", *overrides]).config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "num_tokens"),
+    [
+        ((), None),
+        (("enabled=true",), 2 * 1600),
+        (("enabled=true", "ratio=0.5"), 800),
+        (("enabled=true", "size_gb=1", "write_policy=write_back"), 10**9 // 512),
+    ],
+)
+def test_the_keys_of_the_hierarchical_cache_size_it(overrides: tuple[str, ...], num_tokens: int | None) -> None:
+    config = loaded(
+        *(f"generator.hierarchical_cache.{override}" for override in overrides),
+        "+generator.engine_init_kwargs.kv_cache_tokens=1600",
+        "generator.max_model_len=128",
+    )
+    engine = engine_over(MODEL, config, None)
+    tier = engine.core.scheduler.cache.tier
+    assert (None if tier is None else tier.num_blocks) == (None if num_tokens is None else num_tokens // BLOCK)
+
+
+def test_a_host_cache_on_a_gpu_is_refused_before_anything_is_loaded() -> None:
+    with pytest.raises(ConfigError, match="the embedded engine has it on the CPU only"):
+        load_config(["trainer.placement.policy_num_gpus_per_node=1", "generator.hierarchical_cache.enabled=true"])
+
+
+def test_a_size_without_the_cache_is_said_to_have_no_effect() -> None:
+    loaded_config = load_config(
+        ["trainer.placement.policy_num_gpus_per_node=0", "generator.hierarchical_cache.ratio=3.0"]
+    )
+    assert any("ratio" in text and "has no effect" in text for text in loaded_config.warnings)
