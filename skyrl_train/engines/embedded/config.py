@@ -17,6 +17,7 @@ PACKED_FRAC = 0.25
 
 AttentionName = Literal["auto", "cpu", "reference"]
 GrammarBackend = Literal["xgrammar", "none"]
+SchedulingPolicy = Literal["fcfs", "lpm"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class EmbeddedConfig:
     """The same bits for a request alone or in any batch (see invariant): float32 on the CPU."""
     seed: int = 0
     """Start of the sequence that seeds requests which bring no seed."""
+    scheduling_policy: SchedulingPolicy = "fcfs"
+    """Which of the waiting requests of one priority is admitted first: the oldest, or the longest cached prefix."""
+    preemption_threshold: int | None = None
+    """A waiting request whose priority is higher by this takes the place of a running one; None: it never does."""
+    low_priority_values_first: bool = False
     grammar_backend: GrammarBackend = "xgrammar"
     json_whitespace: bool = True
     """Answers under a JSON schema may have white space wherever JSON allows it."""
@@ -86,6 +92,10 @@ class EmbeddedConfig:
             raise ConfigError(
                 f"embedded engine: one of host_cache_ratio and host_cache_gb sizes the host cache, over 0, found "
                 f"{self.host_cache_ratio} and {self.host_cache_gb}"
+            )
+        if self.scheduling_policy == "lpm" and not self.enable_prefix_caching:
+            raise ConfigError(
+                "embedded engine: scheduling policy lpm looks for cached prefixes, and prefix caching is off; use fcfs"
             )
         if not 0 < self.kv_cache_frac < 1:
             raise ConfigError(f"embedded engine: kv_cache_frac must be in (0, 1), found {self.kv_cache_frac}")

@@ -24,8 +24,8 @@ from skyrl_train.engines.embedded.config import EmbeddedConfig, resolve_context_
 from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.engines.embedded.drafts.speculation import SPECULATES, Speculation
 from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens, commit_plain, one_by_one
-from skyrl_train.engines.embedded.invariant.view import InvariantModel
 from skyrl_train.engines.embedded.host_tier import make_tier
+from skyrl_train.engines.embedded.invariant.view import InvariantModel
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import NO_SEAT, RequestState, Seats, to_completion
 from skyrl_train.engines.embedded.rules.engine_rules import EngineRules
@@ -189,6 +189,7 @@ class EngineCore:
             logprobs=np.asarray((0.0,) * num_prompt + (known.logprobs if known else ()), dtype=np.float32),
             version_marks=[(span.version, span.start) for span in known.versions] if known else [],
             rule=rule,
+            urgency=-request.priority if self.config.low_priority_values_first else request.priority,
         )
         self._by_id[request.request_id] = state
         if self.adapters is not None:

@@ -48,6 +48,8 @@ class RequestState:
     """(policy version, answer tokens that older versions had made)."""
     rule: LogitRule | None = None
     """It has been told every token of the answer."""
+    urgency: int = 0
+    """Its priority, where higher numbers come first; the priority's negative where lower ones do."""
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -58,7 +60,7 @@ class RequestState:
         return self.num_cached_tokens is not None
 
     def sort_key(self) -> tuple[int, int]:
-        return (-self.request.priority, self.order)
+        return (-self.urgency, self.order)
 
 
 class Seats:

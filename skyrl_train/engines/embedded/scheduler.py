@@ -1,6 +1,6 @@
 """Who computes what in the next step.
 
-    waiting (priority, then age) --admit--> running: prefilling -> decoding --finish-->
+    waiting (see queue_order) --admit--> running: prefilling -> decoding --finish-->
          ^                                        |
          +--------------- retract ----------------+
 
@@ -17,6 +17,7 @@ very same step and computes only its last prompt token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,7 @@ from skyrl_train.engines.embedded.drafts.guesses import Guesses
 from skyrl_train.engines.embedded.drafts.speculation import Speculation
 from skyrl_train.engines.embedded.host_tier import HostTier
 from skyrl_train.engines.embedded.kv_pool import KVPool, Slots
+from skyrl_train.engines.embedded.queue_order import FirstComeFirstServed, LongestPrefixFirst, QueueOrder, make_way
 from skyrl_train.engines.embedded.radix_cache import Node, RadixCache
 from skyrl_train.engines.embedded.request import RequestState, Seats
 from skyrl_train.engines.embedded.waiting import WaitingQueue
@@ -81,6 +83,9 @@ class Scheduler:
         self.seats = seats
         self.pool = pool
         self.cache = RadixCache(pool, tier)
+        self._order: QueueOrder = FirstComeFirstServed()
+        if config.scheduling_policy == "lpm":
+            self._order = LongestPrefixFirst(lambda state: self._cached_len(state)[0])
         self._fresh = WaitingQueue()
         self._retracted = WaitingQueue()
         self._decoding: dict[int, RequestState] = {}
@@ -116,7 +121,7 @@ class Scheduler:
         return sorted((owner for owner in self.seats.owners if owner is not None), key=lambda state: state.order)
 
     def waiting(self) -> list[RequestState]:
-        """Queued requests in the order in which they will be admitted."""
+        """Queued requests by priority and age, the order in which fcfs admits them."""
         return sorted([*self._fresh.in_order(), *self._retracted.in_order()], key=RequestState.sort_key)
 
     def started(self) -> list[RequestState]:
@@ -181,6 +186,9 @@ class Scheduler:
 
         Without `admit_new` only what has begun goes on, retracted requests included.
         """
+        self._order.new_step()
+        if self._config.preemption_threshold is not None:
+            self._make_way(self._config.preemption_threshold, admit_new)
         decode_seats = self._grow_decoding()
         budget = self._config.max_num_batched_tokens - len(decode_seats)
         chunks: list[Chunk] = []
@@ -264,9 +272,30 @@ class Scheduler:
         return self._decode_seats
 
     def _next_waiting(self, admit_new: bool) -> RequestState | None:
-        """The queue's head, without taking it."""
-        heads = [self._retracted.head(), self._fresh.head() if admit_new else None]
-        return min((head for head in heads if head is not None), key=RequestState.sort_key, default=None)
+        """Who is to be admitted next, without taking it."""
+        return self._order.next([self._retracted, self._fresh] if admit_new else [self._retracted])
+
+    def _make_way(self, threshold: int, admit_new: bool) -> None:
+        """Retract running requests for a waiting one of higher priority, if there is one and it finds no room."""
+
+        def fits(state: RequestState) -> bool:
+            _, held = self._cached_len(state)
+            needed = len(state.tokens) - held + self._growth_reserve() + self._growth(state)
+            has_adapter = self._adapters is None or self._adapters.has_room(state)
+            # An engine that runs nothing else takes it, whatever it reserves otherwise.
+            return not self.num_running or (self.seats.num_free > 0 and has_adapter and needed <= self.num_available)
+
+        head = self._next_waiting(admit_new)
+        if head is not None:
+            retract = partial(self.release, retract=True)
+            make_way(head, threshold=threshold, fits=fits, running=self.running, retract=retract)
+
+    def _cached_len(self, state: RequestState) -> tuple[int, int]:
+        """How many of its tokens are in the cache, and how many of those are in use."""
+        root = self.cache.root
+        if self._adapters is not None:
+            root = self.cache.root_of(self._adapters.namespace(state))
+        return self.cache.cached_len(state.tokens[:-1], root)
 
     def _admit(self, state: RequestState, policy_version: int, reserve: int, budget: int, *, is_first: bool) -> bool:
         """Seat the queue's head if its tokens and the reserve fit; gives it the slots of all its tokens."""
@@ -286,6 +315,7 @@ class Scheduler:
             self.cache.unlock(node)
             return False
         self.dequeue(state)
+        self._order.admitted(state)
         state.node = node
         state.num_owned_from = len(matched)
         state.shares_prompt = self._config.enable_prefix_caching

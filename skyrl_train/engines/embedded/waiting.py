@@ -33,5 +33,15 @@ class WaitingQueue:
             heapq.heappop(self._heap)
         return self._heap[0][1] if self._heap else None
 
+    def first(self, count: int) -> list[RequestState]:
+        """The first `count` in order, without taking them; costs nothing for those behind."""
+        found: list[RequestState] = []
+        while len(found) < count and (head := self.head()) is not None:
+            heapq.heappop(self._heap)
+            found.append(head)
+        for state in found:
+            heapq.heappush(self._heap, (state.sort_key(), state))
+        return found
+
     def in_order(self) -> list[RequestState]:
         return sorted(self._members, key=RequestState.sort_key)
