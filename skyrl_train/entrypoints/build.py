@@ -280,7 +280,7 @@ def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngin
     )
 
 
-def _host_cache(keys: HierarchicalCache) -> dict[str, float]:
+def _host_cache(keys: HierarchicalCache) -> dict[str, Any]:
     """Of EmbeddedConfig."""
     if not keys.enabled:
         return {}

@@ -147,7 +147,8 @@ class EngineCore:
         self._tokenizer = tokenizer
         self._vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
         self._seats = Seats(config.max_num_seqs, self.context_len, end_ids)
-        self.scheduler = Scheduler(config, self._seats, pool, self.adapters, make_tier(config, pool))
+        tier = make_tier(config, pool, draft_bytes=draft_bytes)
+        self.scheduler = Scheduler(config, self._seats, pool, self.adapters, tier)
         if self.adapters is not None:
             self.adapters.begin(self.scheduler)
         self.sessions = EmbeddedSessions(name, self.scheduler.cache)

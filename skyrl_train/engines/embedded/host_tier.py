@@ -165,8 +165,8 @@ class HostTier:
         ]
 
 
-def make_tier(config: EmbeddedConfig, pool: KVPool) -> HostTier | None:
-    """As the configuration asks. Raises ConfigError where it can't be."""
+def make_tier(config: EmbeddedConfig, pool: KVPool, *, draft_bytes: int = 0) -> HostTier | None:
+    """As the configuration asks. `draft_bytes`: what a drafter keeps of a token. Raises ConfigError."""
     num_tokens = resolve_host_tokens(config, pool.layers, pool.num_slots)
     if num_tokens is None:
         return None
@@ -175,6 +175,11 @@ def make_tier(config: EmbeddedConfig, pool: KVPool) -> HostTier | None:
         raise ConfigError(
             f"embedded engine: a host cache behind a pool on {device} is not built yet; leave host_cache_ratio and "
             "host_cache_gb out"
+        )
+    if draft_bytes:
+        raise ConfigError(
+            "embedded engine: a host cache keeps the model's keys and not those of a draft model or head, whose "
+            "guesses would be worthless after it; leave host_cache_ratio and host_cache_gb out, or guess by ngram"
         )
     if num_tokens < BLOCK:
         raise ConfigError(

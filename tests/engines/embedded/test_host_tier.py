@@ -13,6 +13,7 @@ from skyrl_train.config.load import load_config
 from skyrl_train.config.schema import Config
 from skyrl_train.engines.embedded import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore
+from skyrl_train.engines.embedded.drafts.base import Drafter, DraftSource
 from skyrl_train.engines.embedded.host_tier import BLOCK, Evicted, HostTier, block_hashes
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.runner import KVShape
@@ -287,6 +288,15 @@ def test_a_size_below_one_block_is_refused_and_a_size_in_bytes_is_counted_in_tok
         make_core(MODEL, host_cache_ratio=0.05)
     # Two layers, keys and values, 2 heads of 16 numbers of 4 bytes: 512 bytes a token.
     assert tier_of(make_core(MODEL, host_cache_gb=512 * 160 / 1e9)).num_blocks == 10
+
+
+def test_a_draft_with_keys_of_its_own_is_refused_beside_it() -> None:
+    def make(num_slots: int, num_seats: int) -> Drafter:
+        raise AssertionError("refused before it is made")
+
+    config = EmbeddedConfig(kv_cache_tokens=256, host_cache_ratio=1.0)
+    with pytest.raises(ConfigError, match="not those of a draft model or head"):
+        EngineCore(MODEL, None, config=config, drafts=DraftSource(bytes_per_token=8, make=make))
 
 
 def loaded(*overrides: str) -> Config:
