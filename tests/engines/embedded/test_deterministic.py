@@ -7,15 +7,20 @@ Everything is compared with ==.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 
 from skyrl_train.engines.embedded.core import EngineCore
+from skyrl_train.engines.embedded.drafts.base import DraftSource
+from skyrl_train.engines.embedded.drafts.build import ngram_source
+from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
 from skyrl_train.errors import ConfigError
 from skyrl_train.types import Completion, GenerateRequest, LocalWeights, SessionRef, WeightUpdate
 from tests.engines.embedded.common import make_core, random_prompts, request, run
+from tests.engines.embedded.drafts.drafters import Knowing, RandomTrees, source
 from tests.tiny import make_model
 
 MODEL = make_model("qwen3", head_dim=32, vocab_size=2100)
@@ -121,7 +126,7 @@ def test_a_turn_of_a_session_has_the_bits_of_the_whole_prompt() -> None:
     for number, new in enumerate(random_prompts(20, 7, 1, 30)):
         item = request(f"t{number}", new, 8, temperature=1.0, seed=number, ignore_eos=True)
         ref = SessionRef(session_id=session, parent_request_id=parent)
-        (answer,) = run(core, [GenerateRequest(**{**vars(item), "session": ref})])
+        (answer,) = run(core, [replace(item, session=ref)])
         whole += new
         assert bits(answer) == alone(MODEL, request("alone", whole, 8, temperature=1.0, seed=number, ignore_eos=True))
         whole, parent = whole + answer.token_ids, item.request_id
@@ -140,6 +145,36 @@ def test_a_request_that_weights_were_updated_under_goes_on_to_the_same_bits() ->
             core.resume()
         done += core.step() if core.has_work else []
     assert bits(done[0].completion) == alone(MODEL, item)
+
+
+DRAFTS: dict[str, Callable[[dict[str, tuple[int, ...]]], DraftSource]] = {
+    "n-grams": lambda answers: ngram_source(NgramSettings(max_guesses=5, shortest=1)),
+    "often right": lambda answers: source(Knowing(answers, 5, wrong_each=3)),
+    "trees": lambda answers: source(RandomTrees(answers, 7, seed=0)),
+}
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+@pytest.mark.parametrize("model", [MODEL, WINDOWED], ids=["full", "windowed"])
+def test_drafts_change_no_bit(model: torch.nn.Module, name: str) -> None:
+    requests = random_requests(random.Random(4), 10)
+    # The same prompt several times: its answers are guessed from each other.
+    requests += [replace(requests[0], request_id=f"again {i}") for i in range(3)]
+    expected = {item.request_id: alone(model, item) for item in requests}
+    answers = {rid: tokens for rid, (tokens, _) in expected.items()}
+    core = make_core(
+        model,
+        deterministic=True,
+        drafts=DRAFTS[name](answers),
+        max_num_batched_tokens=64,
+        kv_cache_tokens=600,
+        max_num_seqs=5,
+    )
+    for _ in range(2):
+        found = {answer.request_id: bits(answer) for answer in run(core, requests)}
+        assert found == expected
+    accept_len = core.stats().accept_len
+    assert accept_len is not None and accept_len > 1
 
 
 def test_the_answer_is_that_of_plain_inference_up_to_rounding() -> None:
