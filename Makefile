@@ -1,6 +1,8 @@
 # Fresh machine: Python 3.11+, a C compiler, pip. Everything goes into .venv and runs/.
 PYTHON ?= python3
 BIN := .venv/bin
+# Test processes at once, each with one thread; a file's tests stay together, and share what they make.
+JOBS ?= 2
 
 .PHONY: setup quickstart test test-slow test-gpu test-engines test-engines-slow engines capabilities check format clean
 
@@ -16,10 +18,10 @@ quickstart: .venv/ready
 	$(BIN)/python -m skyrl_train.entrypoints.main_base
 
 test: .venv/ready
-	$(BIN)/python -m pytest -q -m "not slow and not gpu and not engines"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not slow and not gpu and not engines"
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -q -m "slow and not engines"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist load -m "slow and not engines"
 
 engines:  # real SGLang and vLLM for the CPU, into .engines: 4 minutes, 6 GB, needs Python 3.11 and g++
 	$(PYTHON) scripts/engines/install.py
