@@ -319,7 +319,7 @@ class CustomLogitProcessor(Group):
 
     enabled: bool = Field(
         False,
-        description="Accept logit processors from requests: they are code that the server runs, so only on a "
+        description="Accept logit processors from requests: they are code that the engine runs, so a server only on a "
         "loopback endpoint.",
     )
 
@@ -330,9 +330,10 @@ class DeterministicInference(Group):
     enabled: bool = Field(
         False,
         description="Use kernels whose result does not depend on the batch: a request gives the same bits alone "
-        "or among others. Slower.",
+        "or among others. Slower. Embedded: float32 on the CPU.",
     )
     rl_on_policy_target: Literal["fsdp"] | None = Field(
         None,
-        description="Also match the arithmetic of this trainer, so that rollout and training log-probabilities agree.",
+        description="Also match the arithmetic of this trainer, so that rollout and training log-probabilities agree; "
+        "embedded: to the bit.",
     )
