@@ -13,10 +13,8 @@ main job's.
 from __future__ import annotations
 
 import logging
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +22,7 @@ from typing import Any
 import torch
 
 from skyrl_train.algorithms.likelihood import negative_log_likelihood
-from skyrl_train.config.findings import is_set
-from skyrl_train.config.keys import read, schema_keys
+from skyrl_train.config.keys import read
 from skyrl_train.config.load import LoadedConfig, load_config, plain
 from skyrl_train.config.machine import capability_report, this_machine
 from skyrl_train.config.schema import Config
@@ -46,6 +43,8 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.recipes.interrupt import stop_on_interrupt
+from skyrl_train.recipes.own_keys import explained, refuse_other_keys
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf, load_model
 from skyrl_train.training.trainer import PolicyTrainer
@@ -103,9 +102,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune as the command line says; returns the exit code."""
     try:
         loaded = load_config(sys.argv[1:] if argv is None else argv)
-        refuse_other_keys(loaded)
+        refuse_other_keys(loaded, APPLIES, "supervised fine-tuning")
         if loaded.help or loaded.explain:
-            print(__doc__ if loaded.help else explained(loaded))
+            print(__doc__ if loaded.help else explained(loaded, APPLIES))
             return DONE
         report = capability_report(loaded.config, machine=this_machine())
     except ConfigError as exc:
@@ -118,21 +117,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if loaded.sources[lr].kind == "base.yaml" and not is_builtin(loaded.config.trainer.policy.model.path):
         print(f"warning: {lr}={read(loaded.config, lr)} is tuned for the built-in tiny model; set it", file=sys.stderr)
     return run(loaded, fine_tune)
-
-
-def refuse_other_keys(loaded: LoadedConfig) -> None:
-    """Raises ConfigError naming every key that is set and has no meaning here."""
-    others = [path for path in schema_keys() if is_set(path, loaded.config, loaded.sources) and not _applies(path)]
-    if others:
-        found = ", ".join(f"{path}={read(loaded.config, path)} ({loaded.sources[path]})" for path in others)
-        raise ConfigError(f"supervised fine-tuning has no use for {found}; leave it out. It reads {', '.join(APPLIES)}")
-
-
-def explained(loaded: LoadedConfig) -> str:
-    """The keys that are read, with their values and sources."""
-    return "\n".join(
-        f"{path}={read(loaded.config, path)}    ({loaded.sources[path]})" for path in schema_keys() if _applies(path)
-    )
 
 
 def fine_tune(loaded: LoadedConfig, run_dir: Path) -> int:
@@ -176,7 +160,7 @@ def fine_tune(loaded: LoadedConfig, run_dir: Path) -> int:
                 resume_step=first_step or None,
                 total_steps=total_steps,
             ) as log,
-            _stop_on_interrupt(progress) as stop,
+            stop_on_interrupt(progress) as stop,
         ):
             if not first_step and keys.eval_before_train and keys.eval_interval > 0:
                 log.flush(0, held_out_loss(trainer, data.held_out, keys.max_tokens_per_micro_batch))
@@ -280,39 +264,6 @@ def _encoded(
             limit,
         )
     return fits
-
-
-def _applies(path: str) -> bool:
-    return any(path == key or path.startswith(f"{key}.") for key in APPLIES)
-
-
-class _Stop:
-    """False until Ctrl-C."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-
-@contextmanager
-def _stop_on_interrupt(progress: Progress) -> Iterator[_Stop]:
-    """The first Ctrl-C ends the run after the step in flight, the second at once."""
-    stop = _Stop()
-
-    def interrupt(*_: object) -> None:
-        if stop:
-            raise KeyboardInterrupt
-        stop.asked = True
-        progress.message("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":
