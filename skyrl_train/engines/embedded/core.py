@@ -265,6 +265,7 @@ class EngineCore:
         """Launch a step, then take in the tokens of the one before it, or of this one if the runner does not lag."""
         finished = self._settle() if self._runner.must_settle() else []
         before, self._pending = self._pending, None
+        num_before = self._num_generated
         plan = self.scheduler.plan(self.policy_version, admit_new=self.pause_state == "running")
         if plan is not None:
             self._num_steps += 1
@@ -273,6 +274,8 @@ class EngineCore:
             finished += self._take_in(before)
         if not self._runner.lags:
             finished += self._settle()
+        if self.speculation is not None:
+            self.speculation.step_done(self._num_generated - num_before)
         return finished
 
     def _settle(self) -> list[Finished]:

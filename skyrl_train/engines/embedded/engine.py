@@ -20,6 +20,7 @@ from skyrl_train.engines.base import EngineInfo, EngineStats, Occupant, PauseMod
 from skyrl_train.engines.deadline import Deadline
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore, Finished
+from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.engines.embedded.drivers import Driver, InlineDriver, ThreadDriver
 from skyrl_train.engines.embedded.request import RequestState
 from skyrl_train.errors import EngineError, EngineUnavailable, RequestRejected, WeightUpdateError
@@ -71,8 +72,9 @@ class EmbeddedEngine:
         name: str = "embedded-0",
         policy_version: int = 0,
         driver: DriverName = "inline",
+        drafts: DraftSource | None = None,
     ) -> None:
-        self.core = EngineCore(model, tokenizer, config=config, name=name, policy_version=policy_version)
+        self.core = EngineCore(model, tokenizer, config=config, name=name, policy_version=policy_version, drafts=drafts)
         self._callers: dict[str, _Caller] = {}
         self._streams: dict[str, _Caller] = {}
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[_Pieces, StreamedTokens]]] = {}

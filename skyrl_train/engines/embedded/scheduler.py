@@ -212,7 +212,9 @@ class Scheduler:
         sampling = [chunk.seat for chunk in chunks if chunk.samples]
         guesses = None
         if self.speculation is not None and len(decode_seats):
-            guesses = self.speculation.plan(self.seats, decode_seats, budget, self)
+            guesses = self.speculation.plan(
+                self.seats, decode_seats, budget, self, only_decodes=not chunks
+            )
         return StepPlan(
             guesses=guesses,
             decode_seats=decode_seats,

@@ -98,3 +98,5 @@ class DraftSource:
 
     bytes_per_token: int
     make: Callable[[int, int], Drafter]
+    measures: bool = False
+    """Leave guesses out where they cost more time than they save (see auto)."""

@@ -33,7 +33,7 @@ def standalone_source(
     packs_weights: bool = False,
 ) -> DraftSource:
     """For an engine over `model`. Raises ConfigError where `draft` has other words or layers that can't be served."""
-    words, wanted = (each.get_input_embeddings().weight.shape[0] for each in (draft, model))
+    words, wanted = (_num_words(each) for each in (draft, model))
     if words != wanted:
         raise ConfigError(
             f"the draft model {draft.config.name_or_path} has {words} words, the model that it drafts for {wanted}; "
@@ -55,3 +55,9 @@ def standalone_source(
         )
 
     return DraftSource(bytes_per_token=sum(shape.bytes_per_token for shape in layers.values()) + 9, make=make)
+
+
+def _num_words(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return len(weight)

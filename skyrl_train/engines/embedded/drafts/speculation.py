@@ -8,12 +8,14 @@ Shapes: n seats, K guesses at most.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from skyrl_train.engines.base import Capability
+from skyrl_train.engines.embedded.drafts.auto import Auto
 from skyrl_train.engines.embedded.drafts.base import ROOT, Drafter, DraftSource, FollowedRows, Indices, Ints
 from skyrl_train.engines.embedded.drafts.guesses import Guesses, first_branch, in_order
 from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens
@@ -74,22 +76,39 @@ class Speculation:
             raise ConfigError(
                 "embedded engine: speculation is built for the CPU; leave generator.speculative_decoding out on a GPU"
             )
-        speculation = cls(drafts.make(scheduler.pool.num_slots, scheduler.seats.num_seats))
+        drafter = drafts.make(scheduler.pool.num_slots, scheduler.seats.num_seats)
+        speculation = cls(drafter, Auto() if drafts.measures else None)
         scheduler.speculation = speculation
         runner.speculate(speculation)
         return speculation
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, auto: Auto | None = None) -> None:
         self.drafter = drafter
+        self.auto = auto
         self.counts = Counts()
+        self._measured: tuple[int, float] | None = None
         self.num_updates_behind = 0
         """Weight updates of the model since the drafter was made or refreshed."""
 
-    def plan(self, seats: Seats, decoding: Indices, budget: int, slots: Slots) -> Guesses | None:
+    def plan(self, seats: Seats, decoding: Indices, budget: int, slots: Slots, *, only_decodes: bool) -> Guesses | None:
         """Guesses for the seats `decoding` [n], `budget` at most; None if there are none.
 
         Their `computed` counts the last known token already, which the coming step computes.
         """
+        if self.auto is not None:
+            self._measured = (len(decoding), time.perf_counter()) if only_decodes else None
+            if not self.auto.guesses(len(decoding)):
+                return None
+        return self._guess(seats, decoding, budget, slots)
+
+    def step_done(self, num_tokens: int) -> None:
+        """The step that was planned last brought so many tokens."""
+        if self.auto is not None and self._measured is not None:
+            num_decoding, began = self._measured
+            self.auto.add(num_decoding, time.perf_counter() - began, num_tokens)
+            self._measured = None
+
+    def _guess(self, seats: Seats, decoding: Indices, budget: int, slots: Slots) -> Guesses | None:
         room = self._room(seats, decoding, budget, slots)
         asked = np.nonzero(room > 0)[0]
         if not len(asked):

@@ -70,10 +70,10 @@ def test_it_stays_right_when_now_and_then_nobody_asks_it(monkeypatch: pytest.Mon
     assert speculation is not None
     number, plan = 0, speculation.plan
 
-    def now_and_then(*arguments: object) -> object:
+    def now_and_then(*arguments: object, **more: object) -> object:
         nonlocal number
         number += 1
-        return plan(*arguments) if number % 7 < 3 else None  # type: ignore[arg-type]
+        return plan(*arguments, **more) if number % 7 < 3 else None  # type: ignore[arg-type]
 
     monkeypatch.setattr(speculation, "plan", now_and_then)
     prompts = random_prompts(5, 9, 12, seed=3)

@@ -1,0 +1,106 @@
+"""Whether guessing pays, measured: seconds for a token with guesses and without, at each size of batch.
+
+A step's cost depends on how many requests decode together: for one, rows of guesses are nearly free; for many, each row
+is paid for. So sizes are told apart by powers of two, and each has its own two costs, averaged over blocks of steps
+that do nothing but decode. The cheaper way is taken; the other one is looked at again after a while, rarely where it
+has lost again and again. To go over it must win by a margin, so that noise does not swing it.
+
+Nothing of this is seen in an answer: with a seed it is the same with guesses and without, so a run that can be repeated
+to the bit stays so, however the clock ran.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+BLOCK = 4
+"""Steps that are measured together."""
+FIRST_BLOCKS = 2
+"""Of each way, before anything is decided."""
+NEWEST = 0.3
+"""Weight of a new block in the average."""
+OUTLIER = 3.0
+"""A block that took so many times the average counts as this: the machine was busy elsewhere."""
+MARGIN = 0.05
+WAIT = 256
+LONGEST_WAIT = 8192
+"""Steps until the other way is looked at again; twice as many each time that guessing has lost."""
+
+
+@dataclass
+class Cost:
+    """Of one way at one size: an average of seconds for a token."""
+
+    per_token: float = 0.0
+    newest: float = 0.0
+    """Of the last full block."""
+    num_blocks: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    steps: int = 0
+
+    def add(self, seconds: float, tokens: int) -> bool:
+        """One step; whether a block is full."""
+        self.seconds += seconds
+        self.tokens += tokens
+        self.steps += 1
+        if self.steps < BLOCK or not self.tokens:
+            return False
+        self.newest = found = self.seconds / self.tokens
+        if self.num_blocks:
+            self.per_token += NEWEST * (min(found, OUTLIER * self.per_token) - self.per_token)
+        else:
+            self.per_token = found
+        self.num_blocks += 1
+        self.seconds, self.tokens, self.steps = 0.0, 0, 0
+        return True
+
+
+@dataclass
+class Size:
+    """What is known for one size of batch. `guesses` is the way that is taken now, `pays` the one that won."""
+
+    guessing: Cost = field(default_factory=Cost)
+    plain: Cost = field(default_factory=Cost)
+    guesses: bool = True
+    pays: bool = True
+    since: int = 0
+    wait: int = WAIT
+
+    def add(self, seconds: float, tokens: int) -> None:
+        cost = self.guessing if self.guesses else self.plain
+        if not cost.add(seconds, tokens):
+            return
+        if min(self.guessing.num_blocks, self.plain.num_blocks) < FIRST_BLOCKS:
+            self.guesses = self.guessing.num_blocks <= self.plain.num_blocks
+            return
+        was_trial = self.guesses != self.pays
+        ratio = self.guessing.per_token / self.plain.per_token
+        self.pays = ratio < 1 if self.pays else ratio < 1 - MARGIN
+        if self.pays:
+            self.wait = WAIT
+        elif was_trial and self.guesses:
+            self.wait = min(2 * self.wait, LONGEST_WAIT)
+        self.since = 0 if was_trial else self.since + BLOCK
+        usual = self.guessing if self.pays else self.plain
+        # The average of the other way is old: a trial that goes well goes on until that is replaced.
+        goes_well = was_trial and self.guesses != self.pays and cost.newest < (1 - MARGIN) * usual.per_token
+        self.guesses = not self.pays if goes_well or self.since >= self.wait else self.pays
+
+
+class Auto:
+    """Decides before each step, and is told afterwards what it took."""
+
+    def __init__(self) -> None:
+        self.sizes: dict[int, Size] = defaultdict(Size)
+
+    def guesses(self, num_decoding: int) -> bool:
+        return self._size(num_decoding).guesses
+
+    def add(self, num_decoding: int, seconds: float, tokens: int) -> None:
+        """A step that decoded for so many requests and did nothing else brought `tokens`."""
+        self._size(num_decoding).add(seconds, tokens)
+
+    def _size(self, num_decoding: int) -> Size:
+        return self.sizes[(num_decoding - 1).bit_length()]
