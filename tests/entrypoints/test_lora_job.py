@@ -1,4 +1,4 @@
-"""The main job with adapters: an engine of merged weights, small checkpoints, an export with and without them."""
+"""The main job with adapters: served beside the frozen model or merged, small checkpoints, an export of both forms."""
 
 from __future__ import annotations
 
@@ -45,9 +45,21 @@ def whole(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_path
 
 
-def test_the_engine_samples_from_the_weights_that_are_trained(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "served",
+    [
+        ("trainer.policy.model.lora.rank=8",),
+        ("generator.lora.enabled=false",),
+        ("trainer.policy.model.lora.init_method=pissa",),
+    ],
+    ids=["adapter", "merged", "pissa"],
+)
+def test_the_engine_samples_from_the_weights_that_are_trained(
+    served: tuple[str, ...], inputs: Path, tmp_path: Path
+) -> None:
     """Without dropout, and so without its noise in what is compared."""
-    assert run(load_config(arguments(inputs, tmp_path, *LORA, "trainer.policy.model.lora.dropout=0"))) == DONE
+    settings = (*LORA, "trainer.policy.model.lora.dropout=0", *served)
+    assert run(load_config(arguments(inputs, tmp_path, *settings))) == DONE
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if row["step"] > 0]
     assert all(row["policy/rollout_logprob_abs_diff_max"] < 2e-5 for row in rows)
     assert rows[-1]["policy/version"] == 12 and rows[-1]["policy/ref_kl"] > 1e-4
