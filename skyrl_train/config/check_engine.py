@@ -9,7 +9,14 @@ from skyrl_train.config.check_server import sglang_findings, vllm_findings
 from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
 from skyrl_train.config.placement import take_turns
 
-EMBEDDED_KWARGS = ("attention_backend", "chunked_prefill", "cuda_kernels", "extra_eos_token_ids", "kv_cache_tokens")
+EMBEDDED_KWARGS = (
+    "attention_backend",
+    "chunked_prefill",
+    "cuda_kernels",
+    "extra_eos_token_ids",
+    "kv_cache_tokens",
+    "sleeps_in_training",
+)
 DETERMINISTIC_KERNELS = ("ascend", "fa3", "fa4", "flashinfer", "intel_xpu", "triton")
 
 
@@ -39,6 +46,20 @@ def embedded(checked: Checked) -> Iterator[Finding]:
                 f"generator.engine_init_kwargs.{name}: the embedded engine takes {', '.join(EMBEDDED_KWARGS)}; "
                 "the rest has keys of its own"
             )
+
+
+def sleeping(checked: Checked) -> Iterator[Finding]:
+    """The embedded engine that sleeps while the trainer works."""
+    config = checked.config
+    if config.generator.backend != "embedded" or not config.generator.engine_init_kwargs.get("sleeps_in_training"):
+        return
+    name = "generator.engine_init_kwargs.sleeps_in_training=true"
+    if config.trainer.placement.policy_num_gpus_per_node:
+        yield error(f"{name}: the embedded engine can't sleep on a GPU; leave it out")
+    if config.trainer.fully_async.enabled:
+        yield error(
+            f"{name}: with trainer.fully_async.enabled=true the engine works while the trainer does; leave it out"
+        )
 
 
 def weight_sync(checked: Checked) -> Iterator[Finding]:
@@ -114,8 +135,10 @@ def adapters(checked: Checked) -> Iterator[Finding]:
     config = checked.config
     lora, trained = config.generator.lora, config.trainer.policy.model.lora
     rank = trained.rank
-    if rank and lora.max_rank is not None and lora.max_rank < trained.served_rank:
-        twice = f", and with pissa an engine serves {trained.served_rank}" if trained.served_rank > rank else ""
+    # The embedded engine shares the model that pissa has taken its start out of.
+    served = rank if config.generator.backend == "embedded" else trained.served_rank
+    if rank and lora.max_rank is not None and lora.max_rank < served:
+        twice = f", and with pissa an engine serves {served}" if served > rank else ""
         yield error(
             f"{checked.show('generator.lora.max_rank')} is under trainer.policy.model.lora.rank={rank}{twice}; "
             "leave it out, or raise it"
@@ -228,6 +251,7 @@ def server_tables(checked: Checked) -> Iterator[Finding]:
 
 ENGINE_RULES: tuple[Rule, ...] = (
     embedded,
+    sleeping,
     weight_sync,
     remote_engines,
     several_machines,

@@ -69,6 +69,9 @@ async def describe_servers(
 
 def build_turns(config: Config, engine: Engine) -> Turns | None:
     """None where each has memory of its own. Raises ConfigError for an engine that can't give its memory back."""
+    if config.generator.backend == "embedded":
+        sleeps = config.generator.engine_init_kwargs.get("sleeps_in_training")
+        return Turns(releases=("kv_cache", "weights"), make_room=_make_room) if sleeps else None
     if not take_turns(config):
         return None
     if "sleep" not in engine.info.capabilities:

@@ -16,6 +16,7 @@ PACKED_FRAC = 0.25
 """Of the free memory, for packed copies of the weights."""
 
 AttentionName = Literal["auto", "cpu", "reference"]
+CudaKernels = Literal["plain", "fused"]
 GrammarBackend = Literal["xgrammar", "none"]
 SchedulingPolicy = Literal["fcfs", "lpm"]
 
@@ -42,7 +43,13 @@ class EmbeddedConfig:
     """Keep evicted prefixes in host memory (see host_tier): room for so many times the tokens of the pool, or for
     `host_cache_gb` * 1e9 bytes of them. None, both: what is evicted is gone."""
     host_cache_gb: float | None = None
+    sleeps_in_training: bool = False
+    """For the synchronous loop: the engine sleeps while the trainer works (see sleep). On the CPU."""
     attention_backend: AttentionName = "auto"
+    cuda_kernels: CudaKernels = "plain"
+    """On a GPU: transformers' modules as they are, or their small parts fused, projections of one input as one product,
+    sampling rules on the device and shared prefixes read once (see fused_runner). A fused engine lays the model's
+    projections out side by side at its start; they stay the trainer's own tensors."""
     pack_weights: bool | None = None
     """On a CPU, multiply with a second copy of the weights in the kernels' own order (see packed_linear), two to three
     times as fast for few rows. None: where the copy takes at most a quarter of the memory that is free at the start."""
@@ -79,6 +86,16 @@ class EmbeddedConfig:
             raise ConfigError(
                 "embedded engine: deterministic has attention and linear maps of its own; leave attention_backend "
                 f"{self.attention_backend!r} and pack_weights {self.pack_weights} out"
+            )
+        if self.cuda_kernels not in ("plain", "fused"):
+            raise ConfigError(f"embedded engine: cuda_kernels is plain or fused, found {self.cuda_kernels!r}")
+        others = [name for name in ("deterministic", "lora") if getattr(self, name)]
+        if self.attention_backend != "auto":
+            others.append("attention_backend")
+        if self.cuda_kernels == "fused" and others:
+            raise ConfigError(
+                f"embedded engine: cuda_kernels 'fused' brings its own kernels and does not go with {', '.join(others)}; "
+                "leave one of them out"
             )
         if self.deterministic and self.lora is not None:
             raise ConfigError(

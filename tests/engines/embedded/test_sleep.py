@@ -40,7 +40,9 @@ def asking(prompt: tuple[int, ...], name: str = "a", max_new: int = 8) -> Genera
 
 def serve(body: Callable[[EmbeddedEngine], Awaitable[None]]) -> None:
     async def whole() -> None:
-        settings = EmbeddedConfig(max_num_seqs=4, max_num_batched_tokens=16, kv_cache_tokens=256, max_context_len=128)
+        settings = EmbeddedConfig(
+            max_num_seqs=4, max_num_batched_tokens=16, kv_cache_tokens=250_000, max_context_len=128
+        )
         engine = EmbeddedEngine(make_model(num_hidden_layers=1), make_tokenizer(), config=settings)
         try:
             await asyncio.wait_for(body(engine), timeout=60)
@@ -149,11 +151,13 @@ def test_what_sleeps_is_not_resumed_and_sleeping_weights_are_not_updated() -> No
     serve(body)
 
 
-def test_a_turn_of_the_trainer_on_shared_memory_serves_the_new_weights() -> None:
+def test_a_turn_of_the_trainer_has_the_memory_and_then_the_new_weights_are_served() -> None:
     async def body(engine: EmbeddedEngine) -> None:
         turns = Turns(releases=("kv_cache", "weights"), make_room=lambda: None)
         for version in (1, 2):
+            size, in_rollouts = touch_all(engine.core), resident()
             await turns.to_trainer(engine)
+            assert in_rollouts - resident() > 0.9 * size > 50 * MIB
             waiting = asyncio.create_task(engine.generate(asking((1, 2), str(version))))
             await asyncio.sleep(0)
             await sync_weights(engine, WeightUpdate(version=version, source=LocalWeights()), turns=turns)
