@@ -57,6 +57,8 @@ def adapters(checked: Checked) -> Iterator[Finding]:
     algorithm = config.generator.speculative_decoding.algorithm
     if algorithm == "standalone":
         yield error(f"{_GROUP}.algorithm=standalone does not go with LoRA; use ngram")
+    elif config.generator.backend == "embedded":
+        return
     elif algorithm in ("eagle", "eagle3") and release_number(checked.engine_release) < (0, 5, 23):
         yield error(
             f"{_GROUP}.algorithm={algorithm} does not go with LoRA in SGLang {checked.engine_release}; "
@@ -65,8 +67,8 @@ def adapters(checked: Checked) -> Iterator[Finding]:
 
 
 def draft_tree(checked: Checked) -> Iterator[Finding]:
-    """SGLang's: vLLM has chains alone."""
-    if not _on(checked) or checked.config.generator.backend == "vllm":
+    """SGLang's: vLLM has chains alone, the embedded engine rules of its own."""
+    if not _on(checked) or checked.config.generator.backend != "sglang":
         return
     generator = checked.config.generator
     keys = generator.speculative_decoding
@@ -120,7 +122,7 @@ def ngram_options(checked: Checked) -> Iterator[Finding]:
         return
     keys = checked.config.generator.speculative_decoding
     own = [path for path in schema_keys() if path.startswith(f"{_GROUP}.ngram.")]
-    if keys.algorithm != "ngram":
+    if keys.algorithm not in ("ngram", "auto"):
         for path in own:
             if checked.is_set(path):
                 yield error(f"{checked.show(path)} is read with {_GROUP}.algorithm=ngram only, found {keys.algorithm}")
@@ -155,7 +157,7 @@ def acceptance(checked: Checked) -> Iterator[Finding]:
             yield error(f"{_GROUP}.use_rejection_sampling needs eagle_topk=1, found {keys.eagle_topk}")
         if lowered:
             yield error(f"{', '.join(lowered)} is not read with use_rejection_sampling; keep one of them")
-    elif lowered:
+    elif lowered and checked.config.generator.backend != "embedded":
         yield warning(
             f"{', '.join(lowered)} under 1.0 accepts drafts that the model would not have sampled: rollouts become "
             "off-policy"

@@ -27,6 +27,7 @@ from skyrl_train.engines.build import Places, build_server_engine
 from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.server.guard import command_line, descendants
 from skyrl_train.entrypoints.build_adapters import adapter_limits
+from skyrl_train.entrypoints.build_speculation import draft_source
 from skyrl_train.errors import ConfigError
 from tests.contract import models
 from tests.contract.models import CONTEXT_LEN
@@ -84,17 +85,14 @@ SETTINGS: dict[str, Setting] = {
     "ngram": Setting(
         keys=_speculation("ngram", num_draft_tokens=4),
         of={"vllm": {"speculative_decoding.ngram.max_trie_depth": 3}},
-        only=SERVERS,
     ),
     "standalone": Setting(
         keys=_speculation("standalone", draft_model_path="{draft}", num_draft_tokens=4),
         of={"sglang": _speculation("standalone", num_steps=3, eagle_topk=1)},
-        only=SERVERS,
     ),
     "eagle": Setting(
         keys=_speculation("eagle", draft_model_path="{head}", num_draft_tokens=4),
         of={"sglang": _speculation("eagle", num_steps=3, eagle_topk=2, num_draft_tokens=6)},
-        only=SERVERS,
     ),
     "one_seat": Setting(
         keys={"max_num_seqs": 1},
@@ -197,7 +195,8 @@ async def _embedded(backend: str, setting: str, arguments: list[str], folder: Pa
         max_num_seqs=keys.max_num_seqs,
         lora=adapter_limits(loaded),
     )
-    engine = EmbeddedEngine(models.policy(attention=ATTENTION_NAME), make_tokenizer(), config=config, driver="thread")
+    model = models.policy(attention=ATTENTION_NAME)
+    engine = EmbeddedEngine(model, make_tokenizer(), config=config, driver="thread", drafts=draft_source(model, loaded))
     try:
         yield UnderTest(
             backend=backend,
