@@ -8,6 +8,7 @@ from skyrl_train.config.check_deterministic import DETERMINISTIC_RULES
 from skyrl_train.config.check_engine import ENGINE_RULES
 from skyrl_train.config.check_lora import LORA_RULES
 from skyrl_train.config.check_policy import POLICY_RULES
+from skyrl_train.config.check_scheduling import SCHEDULING_RULES
 from skyrl_train.config.check_selection import SELECTION_RULES
 from skyrl_train.config.check_sessions import SESSION_RULES
 from skyrl_train.config.check_speculation import SPECULATION_RULES
@@ -141,6 +142,7 @@ RULES: tuple[Rule, ...] = (
     *LORA_RULES,
     *SELECTION_RULES,
     *ENGINE_RULES,
+    *SCHEDULING_RULES,
     *SESSION_RULES,
     *SPECULATION_RULES,
     *DETERMINISTIC_RULES,

@@ -217,6 +217,7 @@ def sampling(checked: Checked) -> Iterator[Finding]:
             ("repetition_penalty", 1.0),
             ("presence_penalty", 0.0),
             ("frequency_penalty", 0.0),
+            ("logit_processor", None),
         )
         if getattr(params, name) != off
     ]

@@ -53,6 +53,14 @@ class SamplingParams(Group):
     )
     stop_token_ids: Ints = Field((), description="Token ids that end an answer; kept like stop.")
     ignore_eos: bool = Field(False, description="Go on after the end token.")
+    logit_processor: str | None = Field(
+        None,
+        description="Dotted path of a function of your own that changes each next token's logits (docs/EXTENDING.md); "
+        "with generator.custom_logit_processor.enabled.",
+    )
+    logit_processor_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Its further arguments, as {token_id: 13}."
+    )
 
 
 class EvalSamplingParams(SamplingParams):

@@ -44,6 +44,23 @@ def _more_than(bound: int) -> Callable[[Any], bool]:
 
 _ONE_DEVICE = "one GPU (trainer.placement.policy_num_gpus_per_node=1) or the CPU (0)"
 _SERVERS = "leave it out; it is for generator.backend sglang and vllm"
+_EMBEDDED_SCHEDULING = {
+    "max_running_requests": "generator.max_num_seqs",
+    "max_prefill_tokens": "generator.max_num_batched_tokens",
+    "max_total_tokens": "generator.engine_init_kwargs.kv_cache_tokens",
+    "chunked_prefill_size": "generator.max_num_batched_tokens, or generator.engine_init_kwargs.chunked_prefill=false",
+    "enable_mixed_chunk": "leave it out: prompt chunks and decoding share a step",
+    "max_queued_requests": "leave it out: requests wait in this process, and cost nothing there",
+    "default_priority": "leave it out: a request that brings no priority has 0",
+    **dict.fromkeys(
+        (
+            *("conservativeness", "enable_dynamic_chunking", "max_prefill_requests", "num_continuous_decode_steps"),
+            *("disable_overlap", "recv_interval", "stream_interval"),
+        ),
+        "leave it out; it is for generator.backend sglang",
+    ),
+}
+"""What stands in the place of each, by key."""
 
 UNBUILT: tuple[Unbuilt, ...] = (
     # Training
@@ -134,10 +151,39 @@ UNBUILT: tuple[Unbuilt, ...] = (
         )
     ),
     Unbuilt(
-        prefix="generator.scheduling",
-        feature="other scheduling in the embedded engine",
-        instead="generator.max_num_seqs, generator.max_num_batched_tokens, "
-        "or generator.engine_init_kwargs.{kv_cache_tokens,chunked_prefill}",
+        prefix="generator.scheduling.policy",
+        feature="this policy in the embedded engine",
+        instead="fcfs or lpm; priorities come first in both",
+        values=lambda policy: policy not in ("fcfs", "lpm"),
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.scheduling.retraction_policy",
+        feature="retracting the request that loses least, in the embedded engine",
+        instead="priority",
+        values=_one_of("length"),
+        backends=("embedded",),
+    ),
+    *(
+        Unbuilt(
+            prefix=f"generator.scheduling.{key}",
+            feature="this key of a server's scheduler in the embedded engine",
+            instead=instead,
+            backends=("embedded",),
+        )
+        for key, instead in _EMBEDDED_SCHEDULING.items()
+    ),
+    Unbuilt(
+        prefix="generator.structured_output.grammar_backend",
+        feature="another grammar library in the embedded engine",
+        instead="xgrammar or none",
+        values=_one_of("outlines", "llguidance"),
+        backends=("embedded",),
+    ),
+    Unbuilt(
+        prefix="generator.structured_output.whitespace_pattern",
+        feature="a pattern of white space in the embedded engine",
+        instead="generator.structured_output.disable_any_whitespace",
         backends=("embedded",),
     ),
     Unbuilt(
@@ -167,8 +213,6 @@ UNBUILT: tuple[Unbuilt, ...] = (
             "cuda_graph",
             "torch_compile",
             "quantization",
-            "structured_output",
-            "custom_logit_processor",
             "disaggregation",
             "multi_node",
             "load_balancing",

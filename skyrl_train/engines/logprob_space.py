@@ -26,6 +26,8 @@ class Sampling(Protocol):
     def frequency_penalty(self) -> float: ...
     @property
     def min_new_tokens(self) -> int: ...
+    @property
+    def logit_processor(self) -> object: ...
 
 
 _TRUNCATION = ("top_p", "top_k", "min_p")
@@ -38,6 +40,7 @@ _OFF = {
     "presence_penalty": 0.0,
     "frequency_penalty": 0.0,
     "min_new_tokens": 0,
+    "logit_processor": None,
 }
 
 

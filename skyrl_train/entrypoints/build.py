@@ -21,6 +21,7 @@ from skyrl_train.algorithms.selections import SELECTIONS
 from skyrl_train.config.placement import needs_critic, needs_reference
 from skyrl_train.config.schema import Config
 from skyrl_train.config.schema_algorithm import Algorithm
+from skyrl_train.config.schema_engine import Scheduling
 from skyrl_train.config.schema_server import HierarchicalCache
 from skyrl_train.config.schema_trainer import Lora as LoraKeys
 from skyrl_train.config.schema_trainer import PolicyOptimizer
@@ -46,6 +47,9 @@ from skyrl_train.training.optimizer import OptimizerSettings
 from skyrl_train.training.trainer import PolicyTrainer
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_PREEMPTION_THRESHOLD = 10
+"""SGLang's."""
 
 HOST_CACHE_RATIO = 2.0
 """Where no size is named, as in SGLang."""
@@ -280,6 +284,17 @@ def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngin
     )
 
 
+def _scheduling(keys: Scheduling) -> dict[str, Any]:
+    """The embedded engine's part. Without enable_priority higher numbers come first too, and nobody is preempted."""
+    threshold = DEFAULT_PREEMPTION_THRESHOLD if keys.preemption_threshold is None else keys.preemption_threshold
+    preempts = keys.enable_priority and not keys.disable_preemption
+    return {
+        "scheduling_policy": keys.policy or "fcfs",
+        "preemption_threshold": threshold if preempts else None,
+        "low_priority_values_first": keys.enable_priority and keys.low_priority_values_first,
+    }
+
+
 def _host_cache(keys: HierarchicalCache) -> dict[str, Any]:
     """Of EmbeddedConfig."""
     if not keys.enabled:
@@ -305,6 +320,10 @@ def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, polic
             kv_cache_frac=keys.gpu_memory_utilization or 0.3,
             enable_prefix_caching=keys.enable_prefix_caching,
             **_host_cache(keys.hierarchical_cache),
+            **_scheduling(keys.scheduling),
+            grammar_backend="none" if keys.structured_output.grammar_backend == "none" else "xgrammar",
+            json_whitespace=not keys.structured_output.disable_any_whitespace,
+            logit_processors=keys.custom_logit_processor.enabled,
             lora=adapter_limits(config),
             deterministic=keys.deterministic_inference.enabled,
             seed=keys.random_seed if keys.random_seed is not None else config.trainer.seed,

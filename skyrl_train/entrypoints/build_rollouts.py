@@ -25,7 +25,7 @@ from skyrl_train.rollout.agent import Agent
 from skyrl_train.rollout.environment_pool import DEFAULT_WORKERS, EnvironmentPool
 from skyrl_train.rollout.own_agent import own_agent
 from skyrl_train.rollout.sessions import Sessions
-from skyrl_train.types import SamplingParams
+from skyrl_train.types import LogitProcessor, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -172,4 +172,9 @@ def build_agent(
 def sampling_params(keys: SamplingKeys) -> SamplingParams:
     """The configuration's sampling group as the engine takes it."""
     values = keys.model_dump()
-    return SamplingParams(max_new_tokens=values.pop("max_generate_length"), **values)
+    path, arguments = values.pop("logit_processor"), values.pop("logit_processor_kwargs")
+    return SamplingParams(
+        max_new_tokens=values.pop("max_generate_length"),
+        logit_processor=None if path is None else LogitProcessor(path=path, arguments=arguments),
+        **values,
+    )

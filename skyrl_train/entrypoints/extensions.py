@@ -16,6 +16,8 @@ from skyrl_train.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInp
 from skyrl_train.algorithms.policy_losses import POLICY_LOSSES, LossInputs, TokenLosses
 from skyrl_train.algorithms.registry import bind, flat_options, resolve
 from skyrl_train.config.schema import Config
+from skyrl_train.engines.embedded.rules.processor import find_processor
+from skyrl_train.entrypoints.build_rollouts import sampling_params
 from skyrl_train.environments.reward_function import reward_function
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.own_agent import agent_factory
@@ -37,6 +39,9 @@ def check_extensions(config: Config) -> None:
         reward_function(config.environment.reward, target_key=config.data.target_key)
     if config.generator.agent is not None:
         agent_factory(config.generator.agent)
+    for keys in (config.generator.sampling_params, config.generator.eval_sampling_params):
+        if (named := sampling_params(keys).logit_processor) is not None:
+            find_processor(named)
 
 
 def check_estimator(path: str, estimator: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -28,7 +29,7 @@ def test_the_document_shows_every_example_as_it_is() -> None:
 
 def test_every_example_is_under_thirty_lines() -> None:
     lengths = {path.name: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
-    assert len(lengths) == 5 and max(lengths.values()) < 30, lengths
+    assert len(lengths) == 6 and max(lengths.values()) < 30, lengths
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,24 @@ def test_a_generator(folder: Path) -> None:
     assert rows[0]["train/num_loss_tokens"] > 32 * 2
 
 
+def test_a_logit_processor(folder: Path) -> None:
+    nine = 27  # what the built-in tokenizer writes for it
+    rows = steps_of(
+        folder,
+        "processor",
+        "environment.reward=my_reward.closeness",
+        "generator.custom_logit_processor.enabled=true",
+        "generator.sampling_params.logit_processor=my_processor.at_most",
+        f"generator.sampling_params.logit_processor_kwargs={{token_id: {nine}, times: 1}}",
+        "generator.sampling_params.ignore_eos=true",
+    )
+    assert rows[0]["rollout/num_trajectories"] == 32
+    lines = (folder / "runs" / "processor" / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    answers = [turn["token_ids"] for line in lines for turn in json.loads(line)["turns"]]
+    assert len(answers) == 32 and all(len(answer) == 6 for answer in answers)
+    assert {answer.count(nine) for answer in answers} == {0, 1}
+
+
 def test_tree_search_over_sessions_of_an_environment_of_several_turns(folder: Path) -> None:
     rows = steps_of(
         folder,
@@ -175,6 +194,7 @@ def tensor(inputs): return -inputs.logprobs * inputs.advantages
 def says_yes(response): return "yes"
 def unknown_argument(response, judge): return 1.0
 async def later(response): return 1.0
+def other_names(scores): ...
 class NoRun:
     def render(self, prompt): return ()
 class WantsCritic:
@@ -189,6 +209,7 @@ number = 3
 """
 
 ESTIMATOR, LOSS = "trainer.algorithm.advantage_estimator", "trainer.algorithm.policy_loss_type"
+PROCESSOR = "generator.sampling_params.logit_processor"
 
 
 @pytest.mark.parametrize(
@@ -207,6 +228,15 @@ ESTIMATOR, LOSS = "trainer.algorithm.advantage_estimator", "trainer.algorithm.po
         ("environment.reward=broken.later", ["is a coroutine function"]),
         ("environment.reward=broken.number", ["is a int"]),
         ("environment.reward=reward", ["'reward' is no dotted path"]),
+        (
+            f"{PROCESSOR}=broken.nothing generator.custom_logit_processor.enabled=true",
+            ["logit processor 'broken.nothing' can't be imported"],
+        ),
+        (
+            f"{PROCESSOR}=broken.other_names generator.custom_logit_processor.enabled=true",
+            ["'broken.other_names' takes (scores)", "write it as def name(logits, prompt, answer, **arguments)"],
+        ),
+        (f"{PROCESSOR}=broken.number", ["logit_processor=broken.number", "needs generator.custom_logit_processor.en"]),
         ("generator.agent=broken.NoRun", ["'broken.NoRun' is NoRun; wanted: a class", "async run"]),
         ("generator.agent=broken.WantsCritic", ["wants 'critic', and nobody gives it that; known: generate"]),
     ],
@@ -222,7 +252,7 @@ def test_what_can_not_be_used_is_refused_before_a_model_is_loaded(
     (folder / "hollow").mkdir(exist_ok=True)
     model = folder / ("model" if "WantsCritic" in setting else "hollow")
     (folder / "hollow" / "config.json").write_text('{"model_type": "qwen2"}')
-    argv = [setting, f"trainer.policy.model.path={model}", f"trainer.run_path={folder / 'runs' / 'refused'}"]
+    argv = [*setting.split(), f"trainer.policy.model.path={model}", f"trainer.run_path={folder / 'runs' / 'refused'}"]
     assert main(argv) == 2
     said = capsys.readouterr().err
     assert all(message in said for message in messages), said

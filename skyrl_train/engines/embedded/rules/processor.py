@@ -26,7 +26,7 @@ class LogitProcessorFailed(RuntimeError):
     """The user's function raised, or left no token; which request and token, and the function's own error as cause."""
 
 
-def resolve(named: LogitProcessor) -> Callable[..., Any]:
+def find_processor(named: LogitProcessor) -> Callable[..., Any]:
     """The function. Raises ConfigError where it can't be imported, or called with these arguments."""
     function = load_object(named.path, wanted=_WANTED)
     if not callable(function):
@@ -55,13 +55,11 @@ class Processor:
         self._request_id = request_id
         self._named = named
         self._prompt = tuple(prompt)
-        self._function = resolve(named)
+        self._function = find_processor(named)
 
     def change(self, logits: torch.Tensor) -> None:
         """The logits [V] of the next token, in place. Raises LogitProcessorFailed."""
-        where = (
-            f"{_WANTED} {self._named.path!r} at token {len(self.answer)} of the answer to request {self._request_id}"
-        )
+        where = self._where()
         try:
             result = self._function(logits, self._prompt, tuple(self.answer), **self._named.arguments)
         except Exception as exc:  # whatever the user's function raises
@@ -76,3 +74,9 @@ class Processor:
                 f"{where} left {best.item()} as the greatest logit: one token at least must stay possible, and none "
                 "be infinite or not a number"
             )
+
+    def left_nothing_of_the_grammar(self) -> LogitProcessorFailed:
+        return LogitProcessorFailed(f"{self._where()} left no token of those that the grammar allows")
+
+    def _where(self) -> str:
+        return f"{_WANTED} {self._named.path!r} at token {len(self.answer)} of the answer to request {self._request_id}"

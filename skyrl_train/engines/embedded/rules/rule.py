@@ -67,6 +67,12 @@ def ruled(logits: torch.Tensor, rules: Mapping[int, LogitRule], chosen: Indices)
     grammars = {row: rule.grammar for row, rule in rows if rule.grammar is not None}
     if grammars:
         apply_masks(result, grammars)
+    for row, rule in rows:
+        has_both = rule.processor is not None and row in grammars
+        if has_both and rule.failure is None and result[row].max() == -torch.inf:
+            assert rule.processor is not None
+            rule.failure = rule.processor.left_nothing_of_the_grammar()
+            result[row] = logits[row]
     return result
 
 
@@ -77,7 +83,7 @@ def tell(
     pairs = zip(chosen.tolist(), tokens.tolist(), strict=True)
     told = [(seat, token, rules[seat]) for seat, token in pairs if seat in rules]
     for _, token, rule in told:
-        accepted = rule.take(token)
+        accepted = rule.take(token) or rule.failure is not None
         assert accepted, f"token {token} was sampled against the grammar"
     grammars = {seat: rule.grammar for seat, _, rule in told if rule.grammar is not None}
     fill_masks([state for state in grammars.values() if not state.is_over])
