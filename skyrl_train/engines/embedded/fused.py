@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skyrl_train.engines.embedded.adapters.rows import RowAdapters
 from skyrl_train.engines.embedded.packed_linear import PackedMatrix
 
 LANES = 16
@@ -115,10 +116,13 @@ class FusedGatedMLP(nn.Module):
         self._kernels = kernels
         self.pair: PackedMatrix | None = None
         """silu(gate(x)) * up(x) in one product, where the two are plain linear maps."""
+        self.row_adapters: RowAdapters | None = None
+        """Where adapters may add to gate and up: in steps in which some do, those are computed one by one."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         parts: dict[str, Any] = self._modules
-        if self.pair is not None and not _is_hooked(parts["gate_proj"]) and not _is_hooked(parts["up_proj"]):
+        adds = self.row_adapters is not None and self.row_adapters.form is not None
+        if self.pair is not None and not (adds or _is_hooked(parts["gate_proj"]) or _is_hooked(parts["up_proj"])):
             product = self.pair(x)
             if product is not None:
                 narrowed: torch.Tensor = parts["down_proj"](product)
