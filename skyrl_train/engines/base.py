@@ -61,6 +61,12 @@ class EngineStats:
     num_evicted_tokens_total: int
     num_steps_total: int
     accept_len: float | None = None
+    num_verifications_total: int = 0
+    """Steps of requests that had drafts, where the engine counts them; so with the next two."""
+    num_drafted_tokens_total: int = 0
+    num_accepted_tokens_total: int = 0
+    draft_updates_behind: int | None = None
+    """Weight updates since the draft's own weights were made; None where it has none."""
     num_sessions: int = 0
     num_host_cached_tokens_total: int = 0
     """Tokens read back from a host tier behind the KV cache; prompt tokens among them count as cached too."""

@@ -19,6 +19,9 @@ _SUMMED = (
     "num_evicted_tokens_total",
     "num_host_cached_tokens_total",
     "num_steps_total",
+    "num_verifications_total",
+    "num_drafted_tokens_total",
+    "num_accepted_tokens_total",
     "num_sessions",
     "num_restarts_total",
     "num_resent_total",
@@ -58,11 +61,13 @@ def joined_stats(live: Sequence[EngineStats], gone: Sequence[EngineStats], *, po
     for name in _COUNTERS:
         sums[name] += sum(map(attrgetter(name), gone))
     accepted = [stats.accept_len for stats in live if stats.accept_len is not None]
+    behind = [stats.draft_updates_behind for stats in live if stats.draft_updates_behind is not None]
     return EngineStats(
         policy_version=policy_version,
         paused=any(stats.paused for stats in live),
         kv_used_frac=max((stats.kv_used_frac for stats in live), default=0.0),
         accept_len=sum(accepted) / len(accepted) if accepted else None,
+        draft_updates_behind=max(behind, default=None),
         **sums,
     )
 

@@ -41,7 +41,7 @@ def draft_source(model: PreTrainedModel, config: Config, head: Eagle3Head | None
             "generator.speculative_decoding.enabled=true: the embedded engine speculates on the CPU only; leave it out"
         )
     source = _source(model, keys, generator.engine_init_kwargs, head)
-    return replace(source, measures=keys.algorithm == "auto")
+    return replace(source, measures=keys.algorithm == "auto", follows_model=head is not None)
 
 
 def _source(

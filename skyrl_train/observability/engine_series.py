@@ -17,6 +17,7 @@ _GAUGES = (
     ("skyrl_cache_hit_frac", "Prompt tokens from the prefix cache over all prompt tokens.", "cache_hit_frac"),
     ("skyrl_policy_version", "Version of the weights that are served.", "policy_version"),
     ("skyrl_accept_len", "Tokens accepted per speculative step.", "accept_len"),
+    ("skyrl_draft_updates_behind", "Weight updates since the draft's own weights.", "draft_updates_behind"),
     ("skyrl_sessions_open", "Sessions that are open.", "num_sessions"),
 )
 _COUNTERS = (
@@ -27,6 +28,8 @@ _COUNTERS = (
     ("skyrl_evicted_tokens", "Tokens dropped from the prefix cache.", "num_evicted_tokens_total"),
     ("skyrl_host_cached_tokens", "Tokens read back from host memory.", "num_host_cached_tokens_total"),
     ("skyrl_steps", "Steps of the engine.", "num_steps_total"),
+    ("skyrl_drafted_tokens", "Tokens drafted by the embedded engine.", "num_drafted_tokens_total"),
+    ("skyrl_accepted_tokens", "Drafted tokens that were right, in the embedded engine.", "num_accepted_tokens_total"),
     ("skyrl_engine_restarts", "Times a server was lost and started again.", "num_restarts_total"),
     (
         "skyrl_requests_resent",

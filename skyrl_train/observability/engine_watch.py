@@ -70,8 +70,7 @@ class EngineWatch:
             "engine/kv_used_frac": max(stats.kv_used_frac for stats in seen),
             "engine/sessions": now.num_sessions,
         }
-        if now.accept_len is not None:
-            metrics["engine/accept_len"] = now.accept_len
+        metrics |= _speculation(before, now)
         for name, field in _COUNTERS:
             metrics[name] = getattr(now, field) - (0 if before is None else getattr(before, field))
         cached, prompts = metrics["engine/cached_tokens"], metrics["engine/prompt_tokens"]
@@ -94,3 +93,23 @@ class EngineWatch:
         while True:
             await asyncio.sleep(self._every_s)
             await self.look()
+
+
+def _speculation(before: EngineStats | None, now: EngineStats) -> dict[str, float]:
+    """Accept length and rate since `before` where the engine counts drafts, else its own figure since it began."""
+    metrics: dict[str, float] = {}
+    if now.accept_len is None:
+        return metrics
+    metrics["engine/accept_len"] = now.accept_len
+    verified, drafted, accepted = (
+        getattr(now, field) - (0 if before is None else getattr(before, field))
+        for field in ("num_verifications_total", "num_drafted_tokens_total", "num_accepted_tokens_total")
+    )
+    if now.num_verifications_total:
+        # A step in which nothing was drafted got one token at a time.
+        metrics["engine/accept_len"] = 1 + accepted / verified if verified else 1.0
+        metrics["engine/drafted_tokens"] = drafted
+        metrics["engine/accept_frac"] = accepted / drafted if drafted else 0.0
+    if now.draft_updates_behind is not None:
+        metrics["engine/draft_updates_behind"] = now.draft_updates_behind
+    return metrics

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
+from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
+from skyrl_train.engines.embedded.drafts.build import ngram_source
+from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
 from skyrl_train.observability.engine_watch import EngineWatch
 from skyrl_train.observability.metrics import is_wall_clock
 from skyrl_train.rollout.sessions import Sessions
@@ -13,12 +17,18 @@ from skyrl_train.types import GenerateRequest, LocalWeights, SamplingParams, Wei
 from skyrl_train.weight_sync.sync import sync_weights
 from tests.rollout.test_pipeline import make_engine
 from tests.rollout.test_sessions import engine_with_sessions
+from tests.tiny import make_model, make_tokenizer
 
 SAMPLING = SamplingParams(max_new_tokens=30, ignore_eos=True)
+GREEDY = SamplingParams(max_new_tokens=30, ignore_eos=True, temperature=0.0)
 
 
 def request(name: str, prompt: tuple[int, ...] = (65, 66, 67, 68)) -> GenerateRequest:
     return GenerateRequest(request_id=name, prompt_token_ids=prompt, sampling=SAMPLING)
+
+
+def fixed(name: str) -> GenerateRequest:
+    return replace(request(name), sampling=GREEDY)
 
 
 async def test_counters_are_those_of_the_step_and_peaks_are_seen_while_it_runs() -> None:
@@ -37,6 +47,29 @@ async def test_counters_are_those_of_the_step_and_peaks_are_seen_while_it_runs()
         assert "engine/accept_len" not in first, "nothing was drafted"
         assert second["engine/generated_tokens"] == second["engine/steps"] == second["engine/running_max"] == 0
         assert all(is_wall_clock(name) for name in first)
+    finally:
+        await engine.close()
+
+
+def drafting_engine() -> EmbeddedEngine:
+    """Answers of 30 tokens, each prompt's always the same."""
+    drafts = ngram_source(NgramSettings(max_guesses=4))
+    return EmbeddedEngine(make_model(), make_tokenizer(), config=EmbeddedConfig(kv_cache_tokens=512), drafts=drafts)
+
+
+async def test_accept_length_is_that_of_the_step() -> None:
+    engine = drafting_engine()
+    try:
+        async with EngineWatch(engine) as watch:
+            await engine.generate(fixed("a"))
+            first = await watch.step()
+            await engine.generate(fixed("b"))
+            await engine.generate(fixed("c"))
+            again, nothing = await watch.step(), await watch.step()
+        assert first["engine/accept_len"] < again["engine/accept_len"] <= 5, "the same prompt again: a sibling knows"
+        assert again["engine/accept_frac"] > 0.9 and again["engine/drafted_tokens"] > 30
+        assert (nothing["engine/accept_len"], nothing["engine/accept_frac"]) == (1, 0)
+        assert "engine/draft_updates_behind" not in again, "n-grams have no weights"
     finally:
         await engine.close()
 

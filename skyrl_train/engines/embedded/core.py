@@ -485,7 +485,7 @@ class EngineCore:
             num_steps_total=self._num_steps,
             num_sessions=len(self.sessions),
             num_host_cached_tokens_total=0 if scheduler.cache.tier is None else scheduler.cache.tier.num_read_total,
-            accept_len=None if self.speculation is None else self.speculation.counts.accept_len,
+            **({} if self.speculation is None else self.speculation.figures()),
         )
 
     def check_integrity(self) -> None:

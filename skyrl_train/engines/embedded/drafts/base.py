@@ -72,6 +72,9 @@ class Drafter(Protocol):
     """Indices of the decoder layers whose outputs `follow` reads; -1 is the input of the first, and the number of
     layers is what the final norm makes of the last one's output."""
 
+    has_weights: bool
+    """It was trained for the model, and stays behind when that learns; else it guesses from text alone."""
+
     def propose(self, seats: Seats, chosen: Indices, room: Ints) -> Drafts:
         """Guesses for the seats `chosen` [n], at most `room` [n] each, which is 1 or more. Nothing is in flight.
 
@@ -98,5 +101,7 @@ class DraftSource:
 
     bytes_per_token: int
     make: Callable[[int, int], Drafter]
+    follows_model: bool = False
+    """Its weights are trained along: they are new when the model's are."""
     measures: bool = False
     """Leave guesses out where they cost more time than they save (see auto)."""

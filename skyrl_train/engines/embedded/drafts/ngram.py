@@ -42,6 +42,7 @@ class NgramDrafter:
 
     name = "ngram"
     taps: tuple[int, ...] = ()
+    has_weights = False
 
     def __init__(self, settings: NgramSettings, num_seats: int, native: ctypes.CDLL | None) -> None:
         self.max_tokens = settings.max_guesses

@@ -8,9 +8,10 @@ Shapes: n seats, K guesses at most.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -25,6 +26,8 @@ from skyrl_train.errors import ConfigError
 if TYPE_CHECKING:
     from skyrl_train.engines.embedded.runner import Runner
     from skyrl_train.engines.embedded.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 SPECULATES: frozenset[Capability] = frozenset({"speculation"})
 
@@ -77,18 +80,19 @@ class Speculation:
                 "embedded engine: speculation is built for the CPU; leave generator.speculative_decoding out on a GPU"
             )
         drafter = drafts.make(scheduler.pool.num_slots, scheduler.seats.num_seats)
-        speculation = cls(drafter, Auto() if drafts.measures else None)
+        speculation = cls(drafter, Auto() if drafts.measures else None, follows_model=drafts.follows_model)
         scheduler.speculation = speculation
         runner.speculate(speculation)
         return speculation
 
-    def __init__(self, drafter: Drafter, auto: Auto | None = None) -> None:
+    def __init__(self, drafter: Drafter, auto: Auto | None = None, *, follows_model: bool = False) -> None:
         self.drafter = drafter
+        self._can_be_behind = drafter.has_weights and not follows_model
         self.auto = auto
         self.counts = Counts()
         self._measured: tuple[int, float] | None = None
         self.num_updates_behind = 0
-        """Weight updates of the model since the drafter was made or refreshed."""
+        """Weight updates of the model since the drafter was made or `refreshed`."""
 
     def plan(self, seats: Seats, decoding: Indices, budget: int, slots: Slots, *, only_decodes: bool) -> Guesses | None:
         """Guesses for the seats `decoding` [n], `budget` at most; None if there are none.
@@ -132,6 +136,21 @@ class Speculation:
             guesses = first_branch(guesses, seats.sampling.penalises[chosen])
         return guesses if len(asked) == len(decoding) else _spread(guesses, asked, len(decoding))
 
+    def figures(self) -> dict[str, Any]:
+        """Of EngineStats."""
+        counts = self.counts
+        return {
+            "accept_len": counts.accept_len,
+            "num_verifications_total": counts.verifications,
+            "num_drafted_tokens_total": counts.guessed,
+            "num_accepted_tokens_total": counts.committed - counts.verifications,
+            "draft_updates_behind": self.num_updates_behind if self.drafter.has_weights else None,
+        }
+
+    def refreshed(self) -> None:
+        """The drafter's own weights were made anew, after the model's last update."""
+        self.num_updates_behind = 0
+
     def follow(self, rows: FollowedRows) -> None:
         self.drafter.follow(rows)
 
@@ -143,8 +162,16 @@ class Speculation:
         self.counts.committed += int(tokens.counts[: len(had_some)][had_some].sum())
 
     def weights_changed(self) -> None:
-        self.num_updates_behind += 1
         self.drafter.weights_changed()
+        if not self._can_be_behind:
+            return
+        self.num_updates_behind += 1
+        if self.num_updates_behind == 1:
+            logger.info(
+                "the model was updated, the weights of its %s draft were not: engine/draft_updates_behind counts, "
+                "engine/accept_len tells what it costs",
+                self.drafter.name,
+            )
 
     def _room(self, seats: Seats, decoding: Indices, budget: int, slots: Slots) -> Ints:
         """How many guesses [n] each seat may have."""

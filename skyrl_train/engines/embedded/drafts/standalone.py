@@ -41,6 +41,7 @@ class StandaloneDrafter:
 
     name = "standalone"
     taps: tuple[int, ...] = ()
+    has_weights = True
 
     def __init__(
         self,

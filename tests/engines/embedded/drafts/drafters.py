@@ -20,6 +20,7 @@ class TestDrafter:
     __test__ = False
     name = "test"
     taps: tuple[int, ...] = ()
+    has_weights = False
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens

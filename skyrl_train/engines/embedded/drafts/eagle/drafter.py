@@ -56,6 +56,8 @@ class EagleSettings:
 class EagleDrafter:
     """See base.Drafter."""
 
+    has_weights = True
+
     def __init__(
         self,
         head: Head,
