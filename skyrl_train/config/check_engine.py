@@ -172,7 +172,13 @@ def metrics(checked: Checked) -> Iterator[Finding]:
 
 
 def _host_cache(checked: Checked) -> Iterator[Finding]:
-    cache = checked.config.generator.hierarchical_cache
+    cache, drafts = checked.config.generator.hierarchical_cache, checked.config.generator.speculative_decoding
+    if cache.enabled and drafts.enabled and drafts.draft_model_path is not None:
+        yield error(
+            f"{checked.show('generator.hierarchical_cache.enabled')} keeps the model's keys and not those of "
+            f"{checked.show('generator.speculative_decoding.draft_model_path')}, whose guesses would be worthless "
+            "after it; leave one of them out, or use generator.speculative_decoding.algorithm=ngram"
+        )
     if not cache.enabled:
         for name in ("ratio", "size_gb", "write_policy"):
             if checked.is_set(f"generator.hierarchical_cache.{name}"):

@@ -14,6 +14,8 @@ from skyrl_train.config.schema import Config
 from skyrl_train.engines.embedded import EmbeddedConfig
 from skyrl_train.engines.embedded.core import EngineCore
 from skyrl_train.engines.embedded.drafts.base import Drafter, DraftSource
+from skyrl_train.engines.embedded.drafts.build import ngram_source
+from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
 from skyrl_train.engines.embedded.host_tier import BLOCK, Evicted, HostTier, block_hashes
 from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.runner import KVShape
@@ -270,6 +272,18 @@ def test_in_deterministic_mode_log_probabilities_are_those_without_the_tier_to_t
     assert with_tier.stats().num_host_cached_tokens_total >= 6 * 64 - 160
 
 
+def test_guesses_from_ngrams_go_with_it() -> None:
+    drafts = ngram_source(NgramSettings(max_guesses=4))
+    config = EmbeddedConfig(kv_cache_tokens=200, max_context_len=128, max_num_seqs=2, host_cache_ratio=4.0)
+    core = EngineCore(MODEL, None, config=config, drafts=drafts)
+    wanted = [ask((i, *(7, 8, 9) * 20), f"{turn}-{i}", 40) for turn in range(2) for i in range(4)]
+    answers = [run(core, [item])[0] for item in wanted]
+    alone = make_core(MODEL, kv_cache_tokens=2000)
+    assert [answer.token_ids for answer in answers] == [run(alone, [item])[0].token_ids for item in wanted]
+    assert core.stats().num_host_cached_tokens_total > 0
+    assert core.speculation is not None and core.speculation.counts.guessed > 0
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -321,6 +335,16 @@ def test_the_keys_of_the_hierarchical_cache_size_it(overrides: tuple[str, ...], 
     engine = engine_over(MODEL, config, None)
     tier = engine.core.scheduler.cache.tier
     assert (None if tier is None else tier.num_blocks) == (None if num_tokens is None else num_tokens // BLOCK)
+
+
+def test_a_host_cache_beside_a_draft_model_is_refused_before_either_is_loaded() -> None:
+    with pytest.raises(ConfigError, match=r"worthless after it; .*algorithm=ngram"):
+        loaded(
+            "generator.hierarchical_cache.enabled=true",
+            "generator.speculative_decoding.enabled=true",
+            "generator.speculative_decoding.algorithm=standalone",
+            "generator.speculative_decoding.draft_model_path=somewhere",
+        )
 
 
 def test_a_host_cache_on_a_gpu_is_refused_before_anything_is_loaded() -> None:
