@@ -82,10 +82,10 @@ class EmbeddedConfig:
                 f"embedded engine: max_num_batched_tokens {self.max_num_batched_tokens} can't hold one row for each of "
                 f"max_num_seqs {self.max_num_seqs} requests; raise the first or lower the second"
             )
-        if self.deterministic and (self.attention_backend != "auto" or self.pack_weights):
+        if self.deterministic and self.attention_backend != "auto":
             raise ConfigError(
-                "embedded engine: deterministic has attention and linear maps of its own; leave attention_backend "
-                f"{self.attention_backend!r} and pack_weights {self.pack_weights} out"
+                "embedded engine: deterministic has an attention of its own; leave attention_backend "
+                f"{self.attention_backend!r} out"
             )
         if self.cuda_kernels not in ("plain", "fused"):
             raise ConfigError(f"embedded engine: cuda_kernels is plain or fused, found {self.cuda_kernels!r}")
@@ -94,8 +94,7 @@ class EmbeddedConfig:
             others.append("attention_backend")
         if self.cuda_kernels == "fused" and others:
             raise ConfigError(
-                f"embedded engine: cuda_kernels 'fused' brings its own kernels and does not go with {', '.join(others)}; "
-                "leave one of them out"
+                f"embedded engine: cuda_kernels 'fused' brings its own kernels and does not go with {', '.join(others)}"
             )
         if self.deterministic and self.lora is not None:
             raise ConfigError(

@@ -313,7 +313,9 @@ class CudaRunner:
 
     def _sample_by_host(self, logits: torch.Tensor, chosen: npt.NDArray[np.intp]) -> tuple[torch.Tensor, torch.Tensor]:
         """Rules, penalties, truncation, early end tokens: the CPU's sampler, on a copy of the logits. Slow, exact."""
-        tokens, logprobs = self._slow_sampler.sample(logits.float().cpu(), self._seats, chosen)
+        # Rows that don't need the host may have a token on its way; theirs is the one after it.
+        known = self._seats.length[chosen] + self._seats.in_flight[chosen]
+        tokens, logprobs = self._slow_sampler.sample(logits.float().cpu(), self._seats, chosen, known)
         on_device = self._to_device(tokens)
         self._last_token[self._to_device(chosen)] = on_device
         return on_device, self._to_device(logprobs)

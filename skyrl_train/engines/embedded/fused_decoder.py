@@ -14,7 +14,7 @@ Shapes: T rows, H hidden size, V words, Hq query heads, Hkv key/value heads, D h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -147,6 +147,23 @@ class FusedDecoder:
         """[V, H]."""
         return _parameter(self._embedding, "weight")
 
+    @property
+    def layers(self) -> Sequence[Layer]:
+        return self._layers
+
+    @property
+    def final_norm(self) -> Norm:
+        return self._final_norm
+
+    @property
+    def head(self) -> nn.Module:
+        return self._head
+
+    @property
+    def num_words(self) -> int:
+        """V."""
+        return _parameter(self._head, "weight").shape[0]
+
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """[T] -> [T, H]."""
         return nn.functional.embedding(token_ids, self.embedding)
@@ -203,8 +220,8 @@ class LayerSettings:
     sliding_window: int | None
 
 
-def recognise(model: nn.Module, context_len: int) -> FusedDecoder:
-    """The model in fused form, its weights packed. Raises NotThisForm, with the model untouched, if it isn't one.
+def recognise(model: nn.Module, context_len: int, *, pack: bool = True) -> FusedDecoder:
+    """The model in fused form, its weights packed if `pack`. Raises NotThisForm, the model untouched, if it isn't one.
 
     Runs it once on a few rows with random float32 weights: one layer's worth of memory, freed again.
     """
@@ -231,7 +248,7 @@ def recognise(model: nn.Module, context_len: int) -> FusedDecoder:
         error = float((got - expected).abs().max() / expected.abs().max())
         if not error < TOLERANCE:
             raise NotThisForm(f"on random weights its logits differ by {error:.1e} of the largest")
-        return FusedDecoder(model, context.settings, context_len, pack=True)
+        return FusedDecoder(model, context.settings, context_len, pack=pack)
 
 
 # -- where the parts are

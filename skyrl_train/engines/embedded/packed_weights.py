@@ -21,6 +21,7 @@ class PackedLinears:
 
     def __init__(self, modules: Sequence[nn.Module], *, shared: frozenset[int] = frozenset()) -> None:
         """`shared`: data pointers of parameters that other modules use as well; those keep their own memory."""
+        self.modules = tuple(modules)
         self._parameters = [module._parameters for module in modules]
         self._sizes = [_weight(parameters).shape[0] for parameters in self._parameters]
         self._weight: torch.Tensor | None = None

@@ -26,6 +26,7 @@ from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens, verify
 from skyrl_train.engines.embedded.invariant.attention import InvariantAttention
 from skyrl_train.engines.embedded.invariant.sampling import InvariantSampler
 from skyrl_train.engines.embedded.kv_pool import KVPool
+from skyrl_train.engines.embedded.native_decoder import NativeDecoder, native_decoder
 from skyrl_train.engines.embedded.request import Seats
 from skyrl_train.engines.embedded.sampler import Sampler
 from skyrl_train.engines.embedded.scheduler import StepPlan
@@ -76,6 +77,10 @@ def make_runner(
 ) -> Runner:
     """The runner for the model's device; the plain one everywhere when the reference attention is asked for."""
     device = next(model.original.parameters()).device
+    if config.cuda_kernels == "fused":
+        from skyrl_train.engines.embedded.fused_runner import make_fused_runner
+
+        return make_fused_runner(model, pool, seats)
     if device.type == "cuda" and config.attention_backend != "reference":
         # Triton is needed from here on, and only here.
         from skyrl_train.engines.embedded.cuda_runner import CudaRunner
@@ -85,7 +90,7 @@ def make_runner(
         assert native is not None, "InvariantModel has refused"
         return ModelRunner(model, InvariantAttention(layers), InvariantSampler(native), pool, seats, max_rows)
     backend = make_backend(config.attention_backend, device, layers, native)
-    return ModelRunner(model, backend, Sampler(native), pool, seats, max_rows)
+    return ModelRunner(model, backend, Sampler(native), pool, seats, max_rows, native=native)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -112,8 +117,11 @@ class ModelRunner:
         pool: KVPool,
         seats: Seats,
         max_rows: int,
+        native: ctypes.CDLL | None = None,
     ) -> None:
+        """`native`: for whole steps in C, where the model has the form (see native_decoder)."""
         self._model = model
+        self._native = native
         self._sampler = sampler
         self._backend = backend
         self._pool = pool
@@ -126,6 +134,7 @@ class ModelRunner:
         self._speculation: Speculation | None = None
         self._taps: Taps | None = None
         self._decode_rows: DecodeRows | None = None
+        self._find_direct()
 
     def speculate(self, speculation: Speculation) -> None:
         """Follow its drafter from now on; called once."""
@@ -138,7 +147,18 @@ class ModelRunner:
         return False
 
     def weights_changed(self) -> None:
-        self._model.weights_changed()
+        if self._model.weights_changed():
+            self._find_direct()
+
+    def _find_direct(self) -> None:
+        self._direct: NativeDecoder | None = native_decoder(
+            self._model, self._native, self._backend, self._pool, context_len=self._seats.slots.shape[1]
+        )
+
+    def _direct_logits(self, batch: PagedBatch, sample_rows: torch.Tensor | int) -> torch.Tensor | None:
+        if self._direct is None or self._taps is not None or self._model.adds_adapters:
+            return None
+        return self._direct.logits(torch.from_numpy(self._input_ids[: len(batch.row_slots)]), batch, sample_rows)
 
     def launch(self, plan: StepPlan) -> ReadyTokens | VerifiedTokens | None:
         logits = self.logits(plan)
@@ -178,14 +198,16 @@ class ModelRunner:
         self._model.select_rows(self._row_seats[:num_rows])
         context = PagedContext(self._backend, self._pool, batch)
         with torch.inference_mode():
-            output = self._model(
-                input_ids=torch.from_numpy(self._input_ids[:num_rows])[None],
-                position_ids=batch.row_positions[None],
-                use_cache=False,
-                attention_context=context,
-                logits_to_keep=sample_rows,
-            )
-            logits: torch.Tensor = output.logits[0]
+            logits = self._direct_logits(batch, sample_rows)
+            if logits is None:
+                output = self._model(
+                    input_ids=torch.from_numpy(self._input_ids[:num_rows])[None],
+                    position_ids=batch.row_positions[None],
+                    use_cache=False,
+                    attention_context=context,
+                    logits_to_keep=sample_rows,
+                )
+                logits = output.logits[0]
             if self._speculation is not None:
                 hidden = None if self._taps is None else self._taps.take()
                 ids = torch.from_numpy(self._input_ids[:num_rows])

@@ -5,6 +5,7 @@
     add_rms_norm     residual + x -> the new residual, and its norm
     rotate_and_store q in place; k and v, rotated and normed as the model wants, into their slots of the pool
     silu_times       silu(gate) * up
+    take_tokens      the sampled tokens are each seat's last, and join its text
 
 All arithmetic is float32. Results are rounded to the tensors' type wherever transformers' modules round (a sum, a norm
 before its weight, each product of the rotation), so that the policy which samples is the one that is trained, to the
@@ -174,6 +175,19 @@ def _silu_times(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexp
     tl.store(out + row * width + column, (silu * y).to(kind), mask=inside)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _take_tokens(  # type: ignore[no-untyped-def]
+    tokens, row_seats, row_positions, last_token, seat_tokens, tokens_stride, num_rows, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_rows
+    token = tl.load(tokens + row, mask=inside, other=0)
+    seat = tl.load(row_seats + row, mask=inside, other=0).to(tl.int64)
+    position = tl.load(row_positions + row, mask=inside, other=0).to(tl.int64)
+    tl.store(last_token + seat, token, mask=inside)
+    tl.store(seat_tokens + seat * tokens_stride + position + 1, token.to(tl.int32), mask=inside)
+
+
 def start_decoding(
     row_seats: torch.Tensor,
     row_positions: torch.Tensor,
@@ -314,6 +328,29 @@ def silu_times(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     grid = (num_rows, triton.cdiv(width, block))
     _silu_times[grid](gate, up, out, gate.stride(0), up.stride(0), width, BLOCK=block, num_warps=4)
     return out
+
+
+def take_tokens(
+    tokens: torch.Tensor,
+    *,
+    row_seats: torch.Tensor,
+    row_positions: torch.Tensor,
+    last_token: torch.Tensor,
+    seat_tokens: torch.Tensor,
+) -> None:
+    """tokens [n] int64 follow the positions [n] of the seats [n]; into last_token [S] and seat_tokens [S, C] int32."""
+    block = 256
+    _take_tokens[(triton.cdiv(len(tokens), block),)](
+        tokens,
+        row_seats,
+        row_positions,
+        last_token,
+        seat_tokens,
+        seat_tokens.stride(0),
+        len(tokens),
+        BLOCK=block,
+        num_warps=4,
+    )
 
 
 def _power_of_two(value: int) -> int:

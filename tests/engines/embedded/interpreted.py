@@ -18,3 +18,5 @@ def _patch_with_index(tensor: Any, scope: Any) -> None:
 
 
 interpreter._patch_lang_tensor = _patch_with_index
+IS_ON = True
+"""For who wants to use what this module does by being imported."""
