@@ -22,6 +22,7 @@ from skyrl_train.engines.embedded.runner import KVShape
 from skyrl_train.entrypoints.build import engine_over
 from skyrl_train.errors import ConfigError
 from skyrl_train.types import Completion, GenerateRequest, LocalWeights, SessionRef, WeightUpdate
+from tests.engines.embedded.adapters.common import assert_is_of, make_adapted, merged, random_adapter
 from tests.engines.embedded.common import Prompt, make_core, random_prompts, request, run
 from tests.engines.embedded.test_sessions import count_prefill
 from tests.engines.embedded.test_stress import CONTEXT, POOL, assert_answers_as_alone, random_request
@@ -357,3 +358,23 @@ def test_a_size_without_the_cache_is_said_to_have_no_effect() -> None:
         ["trainer.placement.policy_num_gpus_per_node=0", "generator.hierarchical_cache.ratio=3.0"]
     )
     assert any("ratio" in text and "has no effect" in text for text in loaded_config.warnings)
+
+
+def test_adapters_find_their_own_prefixes_on_the_host_and_an_unloaded_ones_are_gone() -> None:
+    weights = {"first": random_adapter(1), "second": random_adapter(2)}
+    core = make_adapted(kv_cache_tokens=100, max_context_len=90, host_cache_ratio=6.0)
+    assert core.adapters is not None
+    for name, tensors in weights.items():
+        core.adapters.load(name, tensors, paused=False)
+    (prompt,) = random_prompts(64)
+    for turn in range(2):
+        for adapter in (None, *weights):
+            item = replace(ask(prompt, f"{adapter}-{turn}", 12), adapter=adapter)
+            (answer,) = run(core, [item])
+            assert answer.num_cached_tokens == 63 * turn
+            assert_is_of(merged(weights.get(adapter or "")), item, answer)
+    assert core.stats().num_host_cached_tokens_total >= 2 * 63
+    held = tier_of(core).num_tokens
+    core.adapters.unload("first")
+    core.check_integrity()
+    assert tier_of(core).num_tokens <= held - 64
