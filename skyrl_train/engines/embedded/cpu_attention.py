@@ -86,6 +86,12 @@ class CpuAttention:
         self._kernel(ctypes.addressof(self._step), ctypes.addressof(layer))
         return out
 
+    def step_address(self, batch: PagedBatch, num_rows: int, shape: KVShape) -> int:
+        """Of the C structure `Step` for this batch; valid until the next one."""
+        self._step.is_bfloat16 = shape.dtype == torch.bfloat16
+        self._begin(batch, num_rows, shape.num_heads, shape.num_kv_heads, shape.head_dim)
+        return ctypes.addressof(self._step)
+
     def _begin(self, batch: PagedBatch, num_rows: int, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
         """What all layers of this step share."""
         block_rows = max(MAX_QUERIES // (num_heads // num_kv_heads), 1)

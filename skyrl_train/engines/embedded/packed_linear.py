@@ -46,28 +46,34 @@ class Packing:
         self._pack = {torch.float32: native.pack_float32, torch.bfloat16: native.pack_bfloat16}
         for function in self._pack.values():
             function.argtypes, function.restype = (pointer, pointer, int64, int64, int64, pointer, int32), None
-        self._matrices: list[PackedMatrix] = []
+        self._matrices: dict[tuple[int, int], PackedMatrix] = {}
+        self.generation = 0
+        """Another one after each `mark_stale` and `release`."""
 
     def matrix(self, linear: nn.Module, up: nn.Module | None = None) -> PackedMatrix:
-        """For x @ weight^T + bias; with `up`, for silu(x @ weight^T) * (x @ up^T), both without bias."""
-        matrix = PackedMatrix(self, linear._parameters, None if up is None else up._parameters)
-        self._matrices.append(matrix)
-        return matrix
+        """For x @ weight^T + bias; with `up`, for silu(x @ weight^T) * (x @ up^T), both without bias. One for each."""
+        pair = (linear._parameters, None if up is None else up._parameters)
+        key = (id(pair[0]), id(pair[1]))
+        if key not in self._matrices:
+            self._matrices[key] = PackedMatrix(self, *pair)
+        return self._matrices[key]
 
     def mark_stale(self) -> None:
         """The weights changed."""
-        for matrix in self._matrices:
+        self.generation += 1
+        for matrix in self._matrices.values():
             matrix.mark_stale()
 
     def release(self) -> None:
         """Give the copies' memory back; they come again with the next use."""
-        for matrix in self._matrices:
+        self.generation += 1
+        for matrix in self._matrices.values():
             matrix.release()
 
     @property
     def num_bytes(self) -> int:
         """Of the copies that there are now."""
-        return sum(matrix.num_bytes for matrix in self._matrices)
+        return sum(matrix.num_bytes for matrix in self._matrices.values())
 
     def pack(self, weight: torch.Tensor, up: torch.Tensor | None, packed: torch.Tensor) -> None:
         n, k = weight.shape
@@ -109,23 +115,45 @@ class PackedMatrix:
     def release(self) -> None:
         self._stamp, self._packed = (), None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
-        """x [..., K] -> [..., N]; None where the kernel can't take these."""
+    @property
+    def address(self) -> int:
+        """Of the C structure; see `is_ready`."""
+        return self._address
+
+    @property
+    def packed(self) -> torch.Tensor | None:
+        """The copy itself; see `is_ready`."""
+        return self._packed
+
+    @property
+    def num_outputs(self) -> int:
+        """N."""
+        return int(self._product.n)
+
+    def is_ready(self, dtype: torch.dtype) -> bool:
+        """Bring the C structure up to date; False where the kernel can't take the weights, or inputs of this type."""
         weight = self._parameters["weight"]
         assert weight is not None
         up = None if self._up is None else self._up["weight"]
-        if x.dtype != weight.dtype or not x.is_contiguous():
-            return None
-        product, stamp = self._product, _stamp(weight, up)
+        if dtype != weight.dtype:
+            return False
+        stamp = _stamp(weight, up)
         if stamp != self._stamp:
             if not _fits(weight, up):
-                return None
+                return False
             self._renew(weight, up)
             self._stamp = stamp
         bias = None if up is not None else self._parameters["bias"]
+        self._product.bias = None if bias is None else bias.data_ptr()
+        return True
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor | None:
+        """x [..., K] -> [..., N]; None where the kernel can't take these."""
+        if not x.is_contiguous() or not self.is_ready(x.dtype):
+            return None
+        product = self._product
         out = torch.empty((*x.shape[:-1], product.n), dtype=x.dtype)
         product.x, product.out = x.data_ptr(), out.data_ptr()
-        product.bias = None if bias is None else bias.data_ptr()
         product.num_rows = x.numel() // product.k
         product.num_threads = torch.get_num_threads()
         self._packing.product(self._address)
@@ -177,9 +205,10 @@ def _fits(weight: torch.Tensor, up: torch.Tensor | None) -> bool:
 def _stamp(weight: torch.Tensor, up: torch.Tensor | None) -> tuple[object, ...]:
     """Another one after a parameter was replaced or changed in place."""
     if up is None:
-        return (id(weight), weight.data_ptr(), _version(weight))
-    return (id(weight), weight.data_ptr(), _version(weight), id(up), up.data_ptr(), _version(up))
+        return (id(weight), weight.data_ptr(), version(weight))
+    return (id(weight), weight.data_ptr(), version(weight), id(up), up.data_ptr(), version(up))
 
 
-def _version(weight: torch.Tensor) -> int:
+def version(weight: torch.Tensor) -> int:
+    """Counts writes in place; inference tensors have no counter."""
     return 0 if weight.is_inference() else weight._version

@@ -61,6 +61,11 @@ class InferenceModel:
         if self._adapted is not None:
             self._adapted.rows.select(row_seats)
 
+    @property
+    def adds_adapters(self) -> bool:
+        """Whether some rows of the next forward have an adapter."""
+        return self._adapted is not None and self._adapted.rows.form is not None
+
     def tap(self, layers: tuple[int, ...]) -> Taps:
         """Keep the outputs of these layers from now on; once only."""
         assert self._taps is None
@@ -68,10 +73,12 @@ class InferenceModel:
         self._taps.install(self.twin)
         return self._taps
 
-    def weights_changed(self) -> None:
-        """The weights were updated in place, and submodules perhaps replaced."""
-        if not self.refresh() and self.packing is not None:
+    def weights_changed(self) -> bool:
+        """The weights were updated in place, and submodules perhaps replaced: whether they were."""
+        replaced = self.refresh()
+        if self.packing is not None:
             self.packing.mark_stale()
+        return replaced
 
     def refresh(self) -> bool:
         """Build the twin again if submodules were replaced since; whether they were."""
@@ -82,11 +89,13 @@ class InferenceModel:
 
     def _build(self) -> None:
         self._fingerprint = _fingerprint(self.original)
-        native = self._native
-        self.packing = Packing(native) if native is not None and self._packs_weights else None
+        self.packing = self._new_packing()
         self.twin = self._twin(self.original)
         if self._taps is not None:
             self._taps.install(self.twin)
+
+    def _new_packing(self) -> Packing | None:
+        return Packing(self._native) if self._native is not None and self._packs_weights else None
 
     def _twin(self, original: nn.Module) -> nn.Module:
         if self._adapted is not None:
@@ -134,6 +143,7 @@ class TwinBuilder:
         if fused_mlp is None:
             return copy
         fused_mlp.pair = self._packed_pair(module)
+        fused_mlp.row_adapters = None if self._adapted is None else self._adapted.rows
         fused_mlp.training = False
         return fused_mlp
 
@@ -141,8 +151,6 @@ class TwinBuilder:
         gate, up = mlp._modules["gate_proj"], mlp._modules["up_proj"]
         if self._packing is None or gate is None or up is None or not can_pack_pair(gate, up):
             return None
-        if self._adapted is not None and (gate in self._adapted or up in self._adapted):
-            return None  # an adapter adds to each of the two
         return self._packing.matrix(gate, up)
 
     def _class_of(self, kind: type[nn.Module]) -> type[nn.Module]:

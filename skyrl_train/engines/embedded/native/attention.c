@@ -6,36 +6,13 @@
  * Softmax is the usual running one over blocks of keys.
  */
 #include "bfloat16.h"
+#include "kernels.h"
 
 #define KEY_BLOCK 64
 #define MAX_QUERIES 64 /* query vectors of a task: rows x heads of a group */
 #define MAX_DIM 256
 #define MASKED -1e30f
 #define PREFETCH 8 /* keys ahead */
-
-typedef struct {
-    /* the step */
-    const int64_t *row_slots;     /* [T] */
-    const int64_t *row_positions; /* [T] */
-    const int32_t *request_seats; /* [R] */
-    const int32_t *cu_rows;       /* [R + 1] */
-    const int32_t *slot_table;    /* [S, table_stride] */
-    const int32_t *task_request;  /* [N]: request of each block of rows */
-    const int32_t *task_row;      /* [N]: its first row */
-    int64_t table_stride;
-    int32_t num_rows, num_tasks, block_rows, num_threads;
-    /* the layer's shape */
-    int32_t num_heads, num_kv_heads, head_dim, is_bfloat16;
-} Step;
-
-typedef struct {
-    char *keys, *values; /* pools [num_slots, Hkv, D] */
-    const char *query, *key, *value;
-    char *out; /* [T, Hq, D] */
-    int64_t query_row, query_head, key_row, key_head, value_row, value_head; /* strides in numbers */
-    float scaling;
-    int32_t window; /* 0: unbounded */
-} Layer;
 
 INLINE int size_of(const int is_bfloat16) { return is_bfloat16 ? 2 : 4; }
 

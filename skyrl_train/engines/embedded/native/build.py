@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.c", "sampling.c", "elementwise.c", "invariant.c", "packed_linear.c", "ngram.c")
-HEADERS = ("vector.h", "bfloat16.h")
+SOURCES = ("attention.c", "sampling.c", "elementwise.c", "invariant.c", "packed_linear.c", "decoder.c", "ngram.c")
+HEADERS = ("vector.h", "bfloat16.h", "kernels.h")
 FLAGS = (
     *("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-Wno-psabi"),
     *("-fno-math-errno", "-fno-trapping-math"),

@@ -6,6 +6,7 @@
 #include <math.h>
 
 #include "bfloat16.h"
+#include "kernels.h"
 
 #define PARALLEL_FROM 32768 /* numbers: below, waking the other threads costs more than it saves */
 
@@ -34,13 +35,6 @@ void rms_norm(const void *x, const void *weight, void *out, int64_t rows, int64_
         else
             norm_row(x, weight, out, r * dim, dim, eps, offset, 0);
 }
-
-typedef struct {
-    const void *x;                   /* [T, heads, dim] with strides in numbers */
-    int64_t row_stride, head_stride;
-    void *out;                       /* [T, heads, dim] */
-    int64_t heads;
-} Rotated;
 
 INLINE void rotate_row(const Rotated *part, int64_t r, int64_t dim, const void *cosine, const void *sine,
                        const int is_bfloat16) {

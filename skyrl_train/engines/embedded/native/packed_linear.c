@@ -10,6 +10,7 @@
  * has both halves of its numbers and stores silu(gate) * up.
  */
 #include "bfloat16.h"
+#include "kernels.h"
 
 #define PANEL 32
 #define VECS 2 /* of a panel */
@@ -59,15 +60,6 @@ void pack_bfloat16(const uint16_t *w, const uint16_t *up, int64_t num_rows, int6
             for (int64_t i = 0; i < 2 * pairs; i++) to[i / 2 * 2 * PANEL + i % 2] = row && i < k ? row[i] : 0;
         }
 }
-
-typedef struct {
-    const char *x; /* [M, K], rows `x_row` elements apart */
-    const char *packed;
-    const void *bias; /* [N], or null; not for a gated pair */
-    char *out;        /* [M, N], contiguous */
-    int64_t x_row, num_rows, n, k; /* n: columns of out */
-    int32_t is_bfloat16, is_gated, num_threads, reserved;
-} Product;
 
 /* Columns [column, column + PANEL) of `rows` rows from `row` on; a gated panel is half as many columns. */
 static __attribute__((noinline)) void put(const Product *p, const vec *sums, int64_t row, int rows, int64_t column) {
