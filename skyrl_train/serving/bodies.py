@@ -8,6 +8,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
+from skyrl_train.serving.formats import asked_grammar, usable_format
+from skyrl_train.types import Grammar
+
 MAX_CHOICES = 128
 MAX_INT32 = 2**31 - 1
 MIN_TEMPERATURE = 1e-4
@@ -81,11 +84,31 @@ class SamplingBody(Body):
     stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(None, description="Extension.")
     ignore_eos: bool | None = Field(None, description="Extension. Go on after the end token.")
     min_tokens: int | None = Field(None, ge=0, description="Extension. No end before so many tokens.")
+    regex: str | None = Field(None, description="Extension. The answer follows this regular expression.")
+    ebnf: str | None = Field(None, description="Extension. The answer follows this grammar, from its rule root on.")
     return_token_ids: bool | None = Field(None, description="Extension. Ids of prompt and answer, policy versions.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: Annotated[dict[str, Any] | None, only({}, why="logits are changed by penalties only")] = None
     user: Annotated[str | None, only(why="nothing is recorded by user")] = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the answer must follow."""
+        return asked_grammar(response_format=None, regex=self.regex, ebnf=self.ebnf)
+
+    @model_validator(mode="after")
+    def _one_grammar(self) -> SamplingBody:
+        names = ("regex", "ebnf", "response_format")
+        given = [name for name in names if getattr(self, name, None) not in (None, {"type": "text"})]
+        beside = [*given[1:], *(["min_tokens"] if given and self.min_tokens else [])]
+        if beside:
+            raise PydanticCustomError(
+                "named_field",
+                "does not go with {other}; leave one of them out",
+                {"field": beside[0], "other": given[0]},
+            )
+        return self
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> SamplingBody:
@@ -169,11 +192,17 @@ class ChatBody(SamplingBody):
     tools: Annotated[list[Any] | None, only([], why=_NO_TOOLS)] = None
     tool_choice: Annotated[Any, only("none", "auto", why=_NO_TOOLS)] = None
     parallel_tool_calls: Annotated[bool | None, only(True, False, why=_NO_TOOLS)] = None
-    response_format: Annotated[dict[str, Any] | None, only({"type": "text"}, why="answers are plain text")] = None
+    response_format: Annotated[dict[str, Any] | None, AfterValidator(usable_format)] = Field(
+        None, description="JSON, after a schema or any object; text is off."
+    )
     modalities: Annotated[list[Any] | None, only(["text"], why="answers are plain text")] = None
     reasoning_effort: Annotated[Any, only(why="use chat_template_kwargs")] = None
     store: Annotated[bool | None, only(False, why="nothing is stored")] = None
     metadata: Annotated[dict[str, Any] | None, only({}, why="nothing is stored")] = None
+
+    @property
+    def grammar(self) -> Grammar | None:
+        return asked_grammar(response_format=self.response_format, regex=self.regex, ebnf=self.ebnf)
 
     @model_validator(mode="after")
     def _one_limit(self) -> ChatBody:

@@ -225,4 +225,5 @@ def _sampling(body: SamplingBody, max_new_tokens: int, seed: int | None) -> Samp
         stop_token_ids=tuple(body.stop_token_ids or ()),
         ignore_eos=bool(body.ignore_eos),
         seed=seed,
+        grammar=body.grammar,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -210,10 +211,59 @@ def test_stop_token_ids_end_the_text_and_min_tokens_delays_the_end(client: httpx
     assert len(later["token_ids"]) > 30 or later["finish_reason"] == "length"
 
 
+SCHEMA = {"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize(
+    ("response_format", "is_wanted"),
+    [
+        ({"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}, lambda x: x in ({"n": 1}, {"n": 2})),
+        ({"type": "json_object"}, lambda x: isinstance(x, dict)),
+    ],
+)
+def test_a_chat_answer_follows_its_response_format(
+    client: httpx.Client, response_format: dict[str, Any], is_wanted: Callable[[Any], bool]
+) -> None:
+    answers = post(
+        client,
+        "chat/completions",
+        messages=[{"role": "user", "content": "hi"}],
+        response_format=response_format,
+        n=4,
+        max_tokens=400,
+    )["choices"]
+    ended = [answer for answer in answers if answer["finish_reason"] == "stop"]
+    assert ended and all(is_wanted(json.loads(answer["message"]["content"])) for answer in ended)
+
+
+def test_a_completion_follows_a_regular_expression_or_a_grammar_streamed_or_not(client: httpx.Client) -> None:
+    for grammar in ({"regex": "(yes|no)!"}, {"ebnf": 'root ::= ("yes" | "no") "!"'}):
+        answer = complete(client, prompt=PROMPT, seed=3, **grammar)["choices"][0]
+        pieces = events(client, "completions", prompt=PROMPT, seed=3, **grammar)
+        assert answer["text"] in ("yes!", "no!") and answer["finish_reason"] == "stop"
+        assert "".join(piece["choices"][0]["text"] for piece in pieces) == answer["text"]
+
+
+def test_a_grammar_that_is_wrong_is_the_clients_error(client: httpx.Client) -> None:
+    response = client.post("/v1/completions", json={"prompt": PROMPT, "regex": "(a"})
+    assert response.status_code == 400
+    assert "its grammar (regex) can't be used" in response.json()["error"]["message"]
+
+
 def test_nulls_are_as_good_as_absent(client: httpx.Client) -> None:
     names = ["model", "n", "max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "stop"]
     names += ["presence_penalty", "frequency_penalty", "stop_token_ids", "ignore_eos", "min_tokens", "logprobs", "echo"]
-    names += ["stream", "stream_options", "return_token_ids", "best_of", "logit_bias", "user", "suffix"]
+    names += [
+        "stream",
+        "stream_options",
+        "return_token_ids",
+        "best_of",
+        "logit_bias",
+        "user",
+        "suffix",
+        "regex",
+        "ebnf",
+    ]
     answer = complete(client, prompt=PROMPT, seed=1, **dict.fromkeys(names))
     expected = complete(client, prompt=PROMPT, seed=1, max_tokens=16)
     assert answer["choices"][0]["text"] == expected["choices"][0]["text"]
