@@ -25,11 +25,8 @@ def where_it_is_built(checked: Checked) -> Iterator[Finding]:
         yield error(
             f"{name} is built for float32 in the embedded engine, found {checked.show('trainer.policy.model.dtype')}"
         )
-    for key in ("attention_backend", "pack_weights"):
-        if key in config.generator.engine_init_kwargs:
-            yield error(
-                f"{name} has attention and linear maps of its own; leave generator.engine_init_kwargs.{key} out"
-            )
+    if "attention_backend" in config.generator.engine_init_kwargs:
+        yield error(f"{name} has an attention of its own; leave generator.engine_init_kwargs.attention_backend out")
     if config.generator.lora.enabled:
         yield error(
             f"{name} and {checked.show('generator.lora.enabled')}: what an adapter adds is computed in a way that "

@@ -108,11 +108,11 @@ class EngineCore:
         native = native_or_warn(device)
         lora, seats = config.lora, config.max_num_seqs
         self.adapters = None if lora is None else ServedAdapters(lora, model, seats, engine=name)
+        packs = resolve_packing(config, model)
         if config.deterministic:
-            inference_model: InferenceModel = InvariantModel(model)
+            inference_model: InferenceModel = InvariantModel(model, packs_weights=packs)
         else:
             adapted = None if self.adapters is None else self.adapters.maps()
-            packs = resolve_packing(config, model)
             inference_model = InferenceModel(model, native, packs_weights=packs, adapted=adapted)
         layers = probe_layers(inference_model)
         self.context_len = resolve_context_len(config, model_config)
@@ -152,12 +152,13 @@ class EngineCore:
         if self.adapters is not None:
             self.adapters.begin(self.scheduler)
         self.sessions = EmbeddedSessions(name, self.scheduler.cache)
-        self.rest = make_sleep(name, self.scheduler.cache, inference_model)
         max_rows = max(config.max_num_batched_tokens, self.context_len + config.max_num_seqs)
         self._runner = make_runner(inference_model, native, config, layers, pool, self._seats, max_rows)
         self.speculation: Speculation | None = None
         if drafts is not None:
             self.speculation = Speculation.of(drafts, self.scheduler, self._runner)
+        drafter = None if self.speculation is None else self.speculation.drafter
+        self.rest = make_sleep(name, self.scheduler.cache, inference_model, drafter)
         self._pending: PendingTokens | None = None
         self._by_id: dict[str, RequestState] = {}
         self._num_submitted = 0

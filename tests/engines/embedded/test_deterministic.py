@@ -94,6 +94,7 @@ def test_the_same_request_gives_the_same_bits_alone_or_in_any_batch(seed: int, n
             max_num_seqs=rng.choice([2, 5, 12]),
             max_num_batched_tokens=rng.choice([12, 17, 64, 300]),
             enable_prefix_caching=trial < 2,
+            pack_weights=rng.random() < 0.6,
             chunked_prefill=rng.random() < 0.8,
         )
         rng.shuffle(requests)
@@ -190,7 +191,7 @@ def test_what_it_is_not_built_for_is_refused_when_the_engine_is_made() -> None:
         make_core(make_model("gemma3_text"), deterministic=True)
     with pytest.raises(ConfigError, match="head size that 16 divides, up to 256; layer 0 has head size 8"):
         make_core(make_model("qwen3", head_dim=8), deterministic=True)
-    with pytest.raises(ConfigError, match="has attention and linear maps of its own"):
+    with pytest.raises(ConfigError, match="has an attention of its own"):
         make_core(deterministic=True, attention_backend="reference")
     with pytest.raises(ConfigError, match="built for float32"):
         make_core(make_model().to(torch.bfloat16), deterministic=True)

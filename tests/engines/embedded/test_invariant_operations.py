@@ -67,6 +67,16 @@ def test_a_row_of_a_linear_map(depth: int, outputs: int, threads: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("depth", "outputs"), [(64, 300), (100, 7), (200, 130)])
+def test_a_packed_copy_gives_the_bits_of_the_weight_itself(depth: int, outputs: int, threads: int) -> None:
+    weight, bias = randn(outputs, depth), randn(outputs)
+    packed = torch.empty(-(-outputs // 32) * 32 * depth)
+    invariant_kernels().pack(weight, packed)
+    for rows in (1, 2, 3, 5, 6, 7, 12, 13, 30, MANY):
+        x = randn(rows, depth)
+        assert torch.equal(operations.linear(x, weight, bias, packed), operations.linear(x, weight, bias))
+
+
 @pytest.mark.parametrize("dim", [64, 896, 40, 3])
 def test_a_row_of_a_norm(dim: int, threads: int) -> None:
     x, weight = randn(MANY, dim) * torch.logspace(-4, 3, MANY)[:, None], randn(dim)

@@ -28,10 +28,12 @@ class InvariantKernels:
 
     def __init__(self, native: ctypes.CDLL) -> None:
         pointer, int64, int32, float32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+        self._pack = native.invariant_pack
+        self._pack.argtypes, self._pack.restype = (pointer, int64, int64, pointer, int32), None
         self._linear, self._rms_norm = native.invariant_linear, native.invariant_rms_norm
         self._silu, self._rotate = native.invariant_silu, native.invariant_rotate
         self._logprobs, self.attention = native.invariant_logprobs, native.invariant_attention
-        self._linear.argtypes = (*(pointer,) * 4, int64, int64, int64, int32)
+        self._linear.argtypes = (*(pointer,) * 5, int64, int64, int64, int32)
         self._rms_norm.argtypes = (*(pointer,) * 4, int64, int64, float32, float32, int32)
         self._silu.argtypes = (pointer, pointer, int64, int32)
         self._rotate.argtypes = (pointer, int64, int64, pointer, *(int64,) * 3, pointer, pointer, float32, int32)
@@ -43,13 +45,21 @@ class InvariantKernels:
         ):
             function.restype = None
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+    def pack(self, weight: torch.Tensor, packed: torch.Tensor) -> None:
+        """weight [N, K] into packed [ceil(N / 32) * K * 32]."""
+        num_outputs, depth = weight.shape
+        self._pack(weight.data_ptr(), num_outputs, depth, packed.data_ptr(), torch.get_num_threads())
+
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [..., K], weight [N, K], bias [N] -> [..., N]. `packed`: what `pack` made of the weight, for speed."""
         num_outputs, depth = weight.shape
         out = torch.empty((*x.shape[:-1], num_outputs), dtype=torch.float32)
         self._linear(
             x.data_ptr(),
             weight.data_ptr(),
+            None if packed is None else packed.data_ptr(),
             None if bias is None else bias.data_ptr(),
             out.data_ptr(),
             x.numel() // depth,

@@ -12,12 +12,14 @@ import torch
 from skyrl_train.engines.embedded.invariant.kernels import invariant_kernels
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [..., K], weight [N, K], bias [N] -> [..., N]."""
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, packed: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x [..., K], weight [N, K], bias [N] -> [..., N]. `packed`: see kernels; it changes no bit."""
     if torch.is_grad_enabled():
         out: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return out
-    return invariant_kernels().linear(x.contiguous(), weight, bias)
+    return invariant_kernels().linear(x.contiguous(), weight, bias, packed)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:

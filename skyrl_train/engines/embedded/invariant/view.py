@@ -16,6 +16,8 @@ from torch import nn
 from skyrl_train.engines.embedded.fused import Rotary
 from skyrl_train.engines.embedded.invariant import operations
 from skyrl_train.engines.embedded.invariant.kernels import invariant_kernels
+from skyrl_train.engines.embedded.native.build import load_native
+from skyrl_train.engines.embedded.packed_linear import PackedMatrix, Packing
 from skyrl_train.engines.embedded.twin import ROTARY, InferenceModel, TwinBuilder
 from skyrl_train.errors import ConfigError
 
@@ -29,28 +31,40 @@ HARMLESS = (nn.Embedding, nn.Dropout, nn.Identity)
 class InvariantModel(InferenceModel):
     """Differentiable, unlike its parent: the trainer runs it too. Raises ConfigError for a model it can't take over."""
 
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(original, None)
+    def __init__(self, original: nn.Module, *, packs_weights: bool = False) -> None:
+        """`packs_weights`: keep copies of them as the kernels like them; every update must end in `weights_changed`."""
+        invariant_kernels()
+        super().__init__(original, load_native(), packs_weights=packs_weights)
+
+    def _new_packing(self) -> Packing | None:
+        return InvariantPacking(load_native()) if self._packs_weights else None
 
     def _twin(self, original: nn.Module) -> nn.Module:
-        invariant_kernels()
         other = sorted({f"{p.dtype} on {p.device}" for p in original.parameters()} - {"torch.float32 on cpu"})
         if other:
             raise ConfigError(
                 "deterministic inference is built for float32 weights on the CPU, found "
                 f"{', '.join(other)}; set trainer.policy.model.dtype=float32 and train on the CPU, or leave it out"
             )
-        return _InvariantBuilder(original).twin(original)
+        return _InvariantBuilder(original, self.packing).twin(original)
+
+
+class InvariantPacking(Packing):
+    """In the invariant kernels' own layout."""
+
+    def pack(self, weight: torch.Tensor, up: torch.Tensor | None, packed: torch.Tensor) -> None:
+        assert up is None
+        invariant_kernels().pack(weight, packed)
 
 
 class _InvariantBuilder(TwinBuilder):
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__(None, None)
+    def __init__(self, original: nn.Module, packing: Packing | None) -> None:
+        super().__init__(None, packing)
         self._names = {id(module): name for name, module in original.named_modules()}
         self._model = type(original).__name__
 
     def _build(self, module: nn.Module) -> nn.Module:
-        part = _as_invariant(module)
+        part = _as_invariant(module, self._packing)
         if part is not None:
             part.training = False
             return part
@@ -75,14 +89,19 @@ class _InvariantBuilder(TwinBuilder):
 
 
 class InvariantLinear(nn.Module):
-    def __init__(self, original: nn.Linear) -> None:
+    def __init__(self, original: nn.Linear, matrix: PackedMatrix | None) -> None:
         super().__init__()
         self._parameters = original._parameters  # the dictionary itself: what the trainer puts there is seen here
+        self._matrix = matrix
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        return operations.linear(x, weight, self._parameters["bias"])
+        matrix = self._matrix
+        packed = matrix.packed if matrix is not None and matrix.is_ready(x.dtype) else None
+        return operations.linear(x, weight, self._parameters["bias"], packed)
+
+    __call__ = forward  # nobody can hook what only we know
 
 
 class InvariantRMSNorm(nn.Module):
@@ -98,10 +117,14 @@ class InvariantRMSNorm(nn.Module):
         assert weight is not None
         return operations.rms_norm(x, weight, self._eps, self._offset)
 
+    __call__ = forward
+
 
 class InvariantSiLU(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return operations.silu(x)
+
+    __call__ = forward
 
 
 class AnglesByPosition(nn.Module):
@@ -137,10 +160,10 @@ class AnglesByPosition(nn.Module):
 
 
 @torch.no_grad()
-def _as_invariant(module: nn.Module) -> nn.Module | None:
+def _as_invariant(module: nn.Module, packing: Packing | None) -> nn.Module | None:
     """The invariant form of one part, None if it isn't one that is known."""
     if type(module) is nn.Linear:
-        return InvariantLinear(module)
+        return InvariantLinear(module, packing.matrix(module) if packing is not None else None)
     if module._modules:
         return None
     if list(module._parameters) == ["weight"]:

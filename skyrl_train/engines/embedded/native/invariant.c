@@ -2,7 +2,8 @@
  *
  * Alone or in any batch, in any chunk, on any number of threads, a row goes through the same additions in the same
  * order:
- *   - sums over a row's numbers run in 16 lanes, in the order of the numbers, and the lanes are added in one order;
+ *   - a linear map adds in the order of its inputs; other sums over a row's numbers run in 16 lanes, in the order of
+ *     the numbers, and the lanes are added in one order;
  *   - blocks (of rows, of outputs, of queries) only decide which rows are computed side by side, each in lanes or
  *     registers of its own; blocks of keys lie on one grid, that of positions, whoever asks;
  *   - threads split rows and outputs, never a sum;
@@ -11,6 +12,7 @@
  * No loop here may sum over what belongs to several rows.
  */
 #include <math.h>
+#include <stdlib.h>
 
 #include "vector.h"
 
@@ -52,69 +54,147 @@ INLINE void store_first(float *p, vec x, int64_t n) { memcpy(p, &x, n * sizeof(f
 
 /* -- linear maps */
 
-#define OUTPUTS 4
-#define OUTPUTS_OF_ONE 8 /* of a single row: more sums in flight */
-#define OUTPUT_BLOCK 32
-#define ROW_BLOCK 64
+/* A panel is 32 rows of the weights side by side, a column at a time: a lane holds one output, and each output is summed in the order of the inputs, whatever is computed beside it. */
+#define PANEL 32
+#define PANELS 4 /* of a task */
+#ifdef __AVX512F__
+#define MAX_ROWS 12 /* 24 sums in 32 registers */
+#else
+#define MAX_ROWS 3
+#endif
+#define ROW_BLOCK 480 /* rows of a task */
 
-/* `rows` x `outs` outputs from (m, n) on; those beyond the end are computed from the last row or output, not stored. */
-INLINE void linear_tile(const float *x, const float *weight, const float *bias, float *out, int64_t m, int64_t n,
-                        int64_t num_outputs, int64_t depth, const int rows, const int outs) {
-    vec sum[4][OUTPUTS_OF_ONE];
-    const float *a[4], *b[OUTPUTS_OF_ONE];
-    for (int i = 0; i < rows; i++) a[i] = x + (m + i) * depth;
-    for (int j = 0; j < outs; j++) b[j] = weight + least(n + j, num_outputs - 1) * depth;
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < outs; j++) sum[i][j] = splat(0);
-    int64_t k = 0;
-    for (; k + LANES <= depth; k += LANES) {
-        vec y[OUTPUTS_OF_ONE];
-        for (int j = 0; j < outs; j++) y[j] = load(b[j] + k);
-        for (int i = 0; i < rows; i++) {
-            vec z = load(a[i] + k);
-            for (int j = 0; j < outs; j++) sum[i][j] = fma16(z, y[j], sum[i][j]);
+/* Outputs [first, first + panels * PANEL) of `rows` rows; both constants. Panels lie `next` floats apart. */
+INLINE void linear_tile(const float *x, int64_t depth, const float *panel, int64_t next, const float *bias, float *out,
+                        int64_t outputs, int64_t first, const int rows, const int panels) {
+    vec sum[PANELS][MAX_ROWS][2];
+    for (int p = 0; p < panels; p++)
+        for (int r = 0; r < rows; r++) sum[p][r][0] = sum[p][r][1] = splat(0);
+    for (int64_t k = 0; k < depth; k++)
+        for (int p = 0; p < panels; p++) {
+            const vec a = load(panel + p * next + k * PANEL), b = load(panel + p * next + k * PANEL + LANES);
+            for (int r = 0; r < rows; r++) {
+                const vec one = splat(x[r * depth + k]);
+                sum[p][r][0] = fma16(one, a, sum[p][r][0]);
+                sum[p][r][1] = fma16(one, b, sum[p][r][1]);
+            }
         }
-    }
-    if (k < depth)
-        for (int i = 0; i < rows; i++)
-            for (int j = 0; j < outs; j++)
-                sum[i][j] = fma16(load_first(a[i] + k, depth - k), load_first(b[j] + k, depth - k), sum[i][j]);
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < outs; j += 4) {
-            vec4 total = sum4(sum[i][j], sum[i][j + 1], sum[i][j + 2], sum[i][j + 3]);
-            for (int t = 0; t < 4 && n + j + t < num_outputs; t++)
-                out[(m + i) * num_outputs + n + j + t] = bias ? total[t] + bias[n + j + t] : total[t];
+    for (int p = 0; p < panels; p++)
+        for (int v = 0; v < 2; v++) {
+            const int64_t at = first + p * PANEL + v * LANES, left = outputs - at;
+            if (left <= 0) continue;
+            const int64_t n = least(left, LANES);
+            const vec more = bias ? load_first(bias + at, n) : splat(0);
+            for (int r = 0; r < rows; r++) {
+                const vec total = bias ? sum[p][r][v] + more : sum[p][r][v];
+                if (n == LANES)
+                    store(out + r * outputs + at, total);
+                else
+                    store_first(out + r * outputs + at, total, n);
+            }
         }
 }
 
-/* out = x weight' + bias: x [rows, depth], weight [outputs, depth], bias [outputs] or 0, out [rows, outputs] */
-void invariant_linear(const float *x, const float *weight, const float *bias, float *out, int64_t rows, int64_t outputs,
-                      int64_t depth, int32_t num_threads) {
-    const int64_t row_blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    const int64_t blocks = (outputs + OUTPUT_BLOCK - 1) / OUTPUT_BLOCK;
-#pragma omp parallel for collapse(2) schedule(static) num_threads(num_threads) \
-    if (num_threads > 1 && rows * outputs * depth >= 8 * PARALLEL_FROM)
-    for (int64_t block = 0; block < blocks; block++)
-        for (int64_t row_block = 0; row_block < row_blocks; row_block++) {
-            const int64_t n_end = least((block + 1) * OUTPUT_BLOCK, outputs);
-            const int64_t m_end = least((row_block + 1) * ROW_BLOCK, rows);
-            int64_t m = row_block * ROW_BLOCK;
-#if defined __AVX512F__ /* 32 registers of 16 floats: elsewhere four rows at once would not fit */
-            for (; m + 4 <= m_end; m += 4)
-                for (int64_t n = block * OUTPUT_BLOCK; n < n_end; n += OUTPUTS)
-                    linear_tile(x, weight, bias, out, m, n, outputs, depth, 4, OUTPUTS);
-            for (; m + 2 <= m_end; m += 2)
-                for (int64_t n = block * OUTPUT_BLOCK; n < n_end; n += OUTPUTS)
-                    linear_tile(x, weight, bias, out, m, n, outputs, depth, 2, OUTPUTS);
-            for (; m < m_end; m++)
-                for (int64_t n = block * OUTPUT_BLOCK; n < n_end; n += OUTPUTS_OF_ONE)
-                    linear_tile(x, weight, bias, out, m, n, outputs, depth, 1, OUTPUTS_OF_ONE);
-#else
-            for (; m < m_end; m++)
-                for (int64_t n = block * OUTPUT_BLOCK; n < n_end; n += OUTPUTS)
-                    linear_tile(x, weight, bias, out, m, n, outputs, depth, 1, OUTPUTS);
+typedef void (*LinearTile)(const float *, int64_t, const float *, int64_t, const float *, float *, int64_t, int64_t);
+#define DEFINE_TILE(rows, panels)                                                                                      \
+    static void tile_##rows##x##panels(const float *x, int64_t depth, const float *panel, int64_t next,                \
+                                       const float *bias, float *out, int64_t outputs, int64_t first) {                \
+        linear_tile(x, depth, panel, next, bias, out, outputs, first, rows, panels);                                   \
+    }
+DEFINE_TILE(1, 1) DEFINE_TILE(2, 1) DEFINE_TILE(3, 1) DEFINE_TILE(1, 4)
+#ifdef __AVX512F__
+DEFINE_TILE(2, 4) DEFINE_TILE(3, 2) DEFINE_TILE(4, 2) DEFINE_TILE(5, 2) DEFINE_TILE(6, 2)
+DEFINE_TILE(4, 1) DEFINE_TILE(5, 1) DEFINE_TILE(6, 1) DEFINE_TILE(7, 1) DEFINE_TILE(8, 1)
+DEFINE_TILE(9, 1) DEFINE_TILE(10, 1) DEFINE_TILE(11, 1) DEFINE_TILE(12, 1)
 #endif
+static const LinearTile one_panel[MAX_ROWS + 1] = {
+    0, tile_1x1, tile_2x1, tile_3x1,
+#ifdef __AVX512F__
+    tile_4x1, tile_5x1, tile_6x1, tile_7x1, tile_8x1, tile_9x1, tile_10x1, tile_11x1, tile_12x1,
+#endif
+};
+/* Few rows take several panels at once, so that there are sums enough to wait for. */
+static const struct { LinearTile tile; int panels; } several[MAX_ROWS + 1] = {
+    [1] = {tile_1x4, 4},
+#ifdef __AVX512F__
+    [2] = {tile_2x4, 4}, [3] = {tile_3x2, 2}, [4] = {tile_4x2, 2}, [5] = {tile_5x2, 2}, [6] = {tile_6x2, 2},
+#endif
+};
+
+/* Sixteen vectors as rows of a matrix, transposed in place by swapping ever smaller blocks. */
+INLINE void transpose(vec x[LANES]) {
+    for (int size = LANES / 2; size; size /= 2) {
+        ivec low, high;
+        for (int l = 0; l < LANES; l++) {
+            low[l] = l & size ? LANES + l - size : l;
+            high[l] = l & size ? LANES + l : l + size;
         }
+        for (int i = 0; i < LANES; i++) {
+            if (i & size) continue;
+            const vec a = x[i], b = x[i + size];
+            x[i] = __builtin_shuffle(a, b, low);
+            x[i + size] = __builtin_shuffle(a, b, high);
+        }
+    }
+}
+
+/* One panel of weight [outputs, depth], outputs from `first` on; those past the end are zeros. */
+static void pack_panel(const float *weight, int64_t outputs, int64_t depth, int64_t first, float *panel) {
+    for (int64_t k = 0; k < depth; k += LANES) {
+        const int64_t n = least(depth - k, LANES);
+        for (int half = 0; half < PANEL; half += LANES) {
+            vec part[LANES];
+            for (int j = 0; j < LANES; j++) {
+                const float *row = weight + (first + half + j) * depth + k;
+                part[j] = first + half + j >= outputs ? splat(0) : n == LANES ? load(row) : load_first(row, n);
+            }
+            transpose(part);
+            for (int j = 0; j < n; j++) store(panel + (k + j) * PANEL + half, part[j]);
+        }
+    }
+}
+
+/* All panels of weight [outputs, depth], one after the other. */
+void invariant_pack(const float *weight, int64_t outputs, int64_t depth, float *packed, int32_t num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+    for (int64_t first = 0; first < outputs; first += PANEL)
+        pack_panel(weight, outputs, depth, first, packed + first * depth);
+}
+
+/* out = x weight' + bias: x [rows, depth], weight [outputs, depth], bias [outputs] or 0, out [rows, outputs].
+ * `packed`: what invariant_pack makes of the weights, or 0; then each task packs its own. */
+void invariant_linear(const float *x, const float *weight, const float *packed, const float *bias, float *out,
+                      int64_t rows, int64_t outputs, int64_t depth, int32_t num_threads) {
+    const int64_t panels = (outputs + PANEL - 1) / PANEL, groups = (panels + PANELS - 1) / PANELS;
+    const int64_t row_blocks = (rows + ROW_BLOCK - 1) / ROW_BLOCK, next = depth * PANEL;
+#pragma omp parallel num_threads(num_threads) if (num_threads > 1 && rows * outputs * depth >= 8 * PARALLEL_FROM)
+    {
+        float *own = packed ? 0 : malloc(sizeof(float) * PANELS * next);
+#pragma omp for collapse(2) schedule(static)
+        for (int64_t group = 0; group < groups; group++)
+            for (int64_t row_block = 0; row_block < row_blocks; row_block++) {
+                const int64_t begin = group * PANELS, end = least(begin + PANELS, panels);
+                const float *from = packed ? packed + begin * next : own;
+                if (!packed)
+                    for (int64_t p = begin; p < end; p++)
+                        pack_panel(weight, outputs, depth, p * PANEL, own + (p - begin) * next);
+                const int64_t m_end = least((row_block + 1) * ROW_BLOCK, rows);
+                for (int64_t p = begin; p < end;) {
+                    const int64_t first = p * PANEL, few = rows <= MAX_ROWS ? rows : 0;
+                    const float *panel = from + (p - begin) * next;
+                    if (several[few].tile && p + several[few].panels <= end) {
+                        several[few].tile(x, depth, panel, next, bias, out, outputs, first);
+                        p += several[few].panels;
+                        continue;
+                    }
+                    for (int64_t m = row_block * ROW_BLOCK; m < m_end; m += MAX_ROWS)
+                        one_panel[least(MAX_ROWS, m_end - m)](x + m * depth, depth, panel, next, bias, out + m * outputs,
+                                                              outputs, first);
+                    p++;
+                }
+            }
+        free(own);
+    }
 }
 
 /* -- norm, activation, rotation */
@@ -200,31 +280,53 @@ typedef struct {
     int32_t window; /* 0: unbounded */
 } Attention;
 
-/* Dot products of four query vectors from m on with n keys. */
-INLINE void invariant_scores(const Attention *at, const float *q, float *score, int m, const float *keys,
-                             const int32_t *slots, int n, const int dim) {
-    for (int s = 0; s < n; s++) {
-        const float *k = keys + slots[s] * at->key_slot;
+#define PREFETCH 8 /* keys ahead */
+
+/* Dot products of `some` (1, 2 or 4) query vectors from m on with n keys; 4 / some keys share one reduction. */
+INLINE void invariant_scores(const Attention *at, const float *q, float *score, int m, const int some,
+                             const float *keys, const float *values, const int32_t *slots, int n, const int dim) {
+    const int together = 4 / some;
+    for (int s = 0; s < n; s += together) {
+        const float *k[4];
+        for (int i = 0; i < together; i++) k[i] = keys + slots[least(s + i, n - 1)] * at->key_slot;
+        if (m == 0)
+            for (int i = 0; i < together; i++) {
+                const float *next = keys + slots[least(s + i + PREFETCH, n - 1)] * at->key_slot;
+                const float *value = values + slots[least(s + i, n - 1)] * at->value_slot;
+                for (int d = 0; d < dim; d += LANES) {
+                    __builtin_prefetch(next + d);
+                    __builtin_prefetch(value + d);
+                }
+            }
         vec dot[4];
         for (int j = 0; j < 4; j++) dot[j] = splat(0);
         for (int d = 0; d < dim; d += LANES)
-            for (int j = 0; j < 4; j++) dot[j] = fma16(load(q + (m + j) * dim + d), load(k + d), dot[j]);
-        vec4 sums = sum4(dot[0], dot[1], dot[2], dot[3]);
-        for (int j = 0; j < 4; j++) score[(m + j) * KEY_BLOCK + s] = sums[j];
+            for (int j = 0; j < 4; j++)
+                dot[j] = fma16(load(q + (m + j % some) * dim + d), load(k[j / some] + d), dot[j]);
+        vec4 sums = sum4(dot[0], dot[1], dot[2], dot[3]); /* each of the four by the same additions */
+        for (int j = 0; j < 4; j++)
+            if (s + j / some < n) score[(m + j % some) * KEY_BLOCK + s + j / some] = sums[j];
     }
 }
 
-/* Add n values, weighted, to the sums of four query vectors. */
-INLINE void invariant_weigh(const Attention *at, float *acc, const float *score, int m, const float *values,
-                            const int32_t *slots, int n, const int dim) {
-    for (int d = 0; d < dim; d += LANES) {
-        vec sum[4];
-        for (int j = 0; j < 4; j++) sum[j] = load(acc + (m + j) * dim + d);
+/* Add n values, weighted, to the sums of `some` query vectors. */
+INLINE void invariant_weigh(const Attention *at, float *acc, const float *score, int m, const int some,
+                            const float *values, const int32_t *slots, int n, const int dim) {
+    for (int d0 = 0; d0 < dim; d0 += 4 * LANES) {
+        const int parts = (int)least(4, (dim - d0) / LANES);
+        vec sum[4][4];
+        for (int j = 0; j < some; j++)
+            for (int i = 0; i < parts; i++) sum[j][i] = load(acc + (m + j) * dim + d0 + i * LANES);
         for (int s = 0; s < n; s++) {
-            vec x = load(values + slots[s] * at->value_slot + d);
-            for (int j = 0; j < 4; j++) sum[j] = fma16(splat(score[(m + j) * KEY_BLOCK + s]), x, sum[j]);
+            const float *value = values + slots[s] * at->value_slot + d0;
+            for (int i = 0; i < parts; i++) {
+                const vec x = load(value + i * LANES);
+                for (int j = 0; j < some; j++)
+                    sum[j][i] = fma16(splat(score[(m + j) * KEY_BLOCK + s]), x, sum[j][i]);
+            }
         }
-        for (int j = 0; j < 4; j++) store(acc + (m + j) * dim + d, sum[j]);
+        for (int j = 0; j < some; j++)
+            for (int i = 0; i < parts; i++) store(acc + (m + j) * dim + d0 + i * LANES, sum[j][i]);
     }
 }
 
@@ -234,7 +336,7 @@ INLINE void invariant_task(const Attention *at, int task, int kv_head, const int
     const int group = at->num_heads / at->num_kv_heads;
     const int sequence = at->task_sequence[task], row0 = at->task_row[task];
     const int rows = (int)least(at->block_rows, at->cu_rows[sequence + 1] - row0);
-    const int queries = rows * group, padded = (queries + 3) & ~3;
+    const int queries = rows * group, padded = queries % 4 == 3 ? queries + 1 : queries; /* fours, then 2 or 1 */
     const int32_t *slots = at->table + at->table_start[sequence];
     const float *keys = at->keys + kv_head * at->key_head, *values = at->values + kv_head * at->value_head;
     const int first = (int)at->positions[row0], last = first + rows - 1;
@@ -260,8 +362,11 @@ INLINE void invariant_task(const Attention *at, int task, int kv_head, const int
 
     for (int block = from; block <= last; block += KEY_BLOCK) {
         const int n = (int)least(KEY_BLOCK, last + 1 - block);
-        for (int m = 0; m < padded; m += 4) invariant_scores(at, q, score, m, keys, slots + block, n, dim);
-        for (int m = 0; m < padded; m++) {
+        int m = 0;
+        for (; m + 4 <= padded; m += 4) invariant_scores(at, q, score, m, 4, keys, values, slots + block, n, dim);
+        if (padded - m == 2) invariant_scores(at, q, score, m, 2, keys, values, slots + block, n, dim);
+        if (padded - m == 1) invariant_scores(at, q, score, m, 1, keys, values, slots + block, n, dim);
+        for (m = 0; m < padded; m++) {
             const int position = first + (int)least(m, queries - 1) / group;
             float *row = score + m * KEY_BLOCK;
             int begin = 0, until = (int)least(n, position + 1 - block); /* the row may see [begin, until) */
@@ -288,7 +393,9 @@ INLINE void invariant_task(const Attention *at, int task, int kv_head, const int
             if (keep != 1.0f)
                 for (int d = 0; d < dim; d += LANES) store(acc + m * dim + d, load(acc + m * dim + d) * keep);
         }
-        for (int m = 0; m < padded; m += 4) invariant_weigh(at, acc, score, m, values, slots + block, n, dim);
+        for (m = 0; m + 4 <= padded; m += 4) invariant_weigh(at, acc, score, m, 4, values, slots + block, n, dim);
+        if (padded - m == 2) invariant_weigh(at, acc, score, m, 2, values, slots + block, n, dim);
+        if (padded - m == 1) invariant_weigh(at, acc, score, m, 1, values, slots + block, n, dim);
     }
     for (int m = 0; m < queries; m++) {
         float *target = at->out + ((int64_t)(row0 + m / group) * at->num_heads + kv_head * group + m % group) * dim;
