@@ -84,6 +84,12 @@ class SpeculativeDecoding(Group):
     adaptive_config: str | None = Field(None, description="JSON file with the steps that adaptive may choose.")
     draft_window_size: Positive | None = Field(None, description="Tokens of context that the draft model attends to.")
     token_map: str | None = Field(None, description="File with the draft's reduced vocabulary.")
+    head_train_steps: NonNegative = Field(
+        0,
+        description="Optimizer steps of the eagle3 head after each update of the policy, on the same rollouts, so that "
+        "drafts follow the policy; 0 leaves it as it is. In the embedded engine.",
+    )
+    head_lr: float = Field(1.0e-4, gt=0, description="Learning rate of these steps, of an AdamW of their own.")
     attention_mode: Literal["prefill", "decode"] | None = Field(
         None, description="Which of the two attention kernels verifies drafts."
     )

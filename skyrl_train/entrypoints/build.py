@@ -28,12 +28,14 @@ from skyrl_train.config.schema_trainer import PolicyOptimizer
 from skyrl_train.config.schema_trainer import Trainer as TrainerKeys
 from skyrl_train.engines.base import Engine
 from skyrl_train.engines.embedded.config import EmbeddedConfig
+from skyrl_train.engines.embedded.drafts.eagle.head import Eagle3Head
 from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.entrypoints.build_adapters import adapter_limits, serve_trained_adapter, serves_policy_as_adapter
 from skyrl_train.entrypoints.build_async import own_weights
 from skyrl_train.entrypoints.build_off_policy import corrections, mismatch_watch, respect_logprob_space, watch_engine
 from skyrl_train.entrypoints.build_rollouts import sampling_params
 from skyrl_train.entrypoints.build_servers import build_servers
+from skyrl_train.entrypoints.build_speculation import draft_source, head_trainer
 from skyrl_train.errors import ConfigError
 from skyrl_train.rollout.overlong import SoftPunishment
 from skyrl_train.rollout.selection import DynamicSampling, Selection
@@ -99,6 +101,8 @@ def build_learner(config: Config, model_folder: Path, *, total_steps: int) -> Le
         weights_for=weights_for(config),
         critic=_critic(config, model_folder, total_steps=total_steps) if needs_critic(config) else None,
         critic_mini_batch_size=keys.critic_mini_batch_size,
+        draft_head=head_trainer(config, model),
+        draft_head_steps=config.generator.speculative_decoding.head_train_steps,
     )
 
 
@@ -281,6 +285,7 @@ def _embedded(config: Config, learner: Learner, tokenizer: Any) -> EmbeddedEngin
         config,
         tokenizer,
         policy_version=learner.trainer.version,
+        head=None if learner.draft_head is None else learner.draft_head.head,
     )
 
 
@@ -304,8 +309,15 @@ def _host_cache(keys: HierarchicalCache) -> dict[str, Any]:
     return {"host_cache_ratio": keys.ratio or HOST_CACHE_RATIO}
 
 
-def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, policy_version: int = 0) -> EmbeddedEngine:
-    """The embedded engine over this very module."""
+def engine_over(
+    model: PreTrainedModel,
+    config: Config,
+    tokenizer: Any,
+    *,
+    policy_version: int = 0,
+    head: Eagle3Head | None = None,
+) -> EmbeddedEngine:
+    """The embedded engine over this very module, and the `head` that is trained in this run to draft for it."""
     keys = config.generator
     optional: dict[str, Any] = {
         "max_num_seqs": keys.max_num_seqs,
@@ -330,4 +342,5 @@ def engine_over(model: PreTrainedModel, config: Config, tokenizer: Any, *, polic
             **{name: value for name, value in optional.items() if value is not None},
         ),
         policy_version=policy_version,
+        drafts=draft_source(model, config, head),
     )

@@ -22,6 +22,7 @@ from skyrl_train.errors import CheckpointError, ConfigError
 from skyrl_train.training.eagle3_loss import policy_view, unrolled_loss
 from skyrl_train.training.optimizer import MasterAdamW, OptimizerSettings
 from skyrl_train.training.sharded_state import load_tensors, save_tensors, stored_names
+from skyrl_train.types import TokenSequence
 
 TRAINING, VALUES = "training", "state.json"
 
@@ -104,6 +105,13 @@ class Eagle3Trainer:
             "eagle3/lr": stats.lr,
             **{f"eagle3/agree_{i + 1}": value for i, value in enumerate(agreement)},
         }
+
+    def learn(self, sequences: Sequence[TokenSequence], num_steps: int) -> dict[str, float]:
+        """`num_steps` steps at most, each on its part of these sequences; the metrics' means over the steps."""
+        answered = [AnsweredSequence(token_ids=one.token_ids, is_answer=one.loss_mask) for one in sequences]
+        taken = [self.step(part) for part in (answered[i::num_steps] for i in range(num_steps)) if part]
+        rows = [row for row in taken if row]
+        return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]} if rows else {}
 
     def save(self, folder: str | Path) -> None:
         """The head in the published layout, and what `load` needs for going on to the bit."""

@@ -163,12 +163,21 @@ def unrolled_loss(
         )
         hidden = out[0]
         counts = _ahead(learned, step + 1)
-        own = (head.lm_head or target.lm_head)(for_logits[0].unflatten(0, (num_sequences, length))[counts]).float()
+        own = _logits(head, target, for_logits[0].view(num_sequences, length, -1)[counts])
         wanted = _ahead(chances, step + 1)[counts]
         total = total - decay**step * (wanted * own.log_softmax(-1)).sum()
         agreed.append((own.argmax(-1) == wanted.argmax(-1)).sum())
         counted.append(counts.sum())
     return UnrolledLoss(total=total, agreed=torch.stack(agreed).detach(), counted=torch.stack(counted))
+
+
+def _logits(head: Eagle3Head, target: Target, hidden: torch.Tensor) -> torch.Tensor:
+    if head.lm_head is not None:
+        logits: torch.Tensor = head.lm_head(hidden)
+        return logits.float()
+    weight = target.lm_head.weight
+    assert isinstance(weight, torch.Tensor)
+    return F.linear(hidden, weight.detach()).float()  # the policy learns nothing from its draft
 
 
 def _ahead(x: torch.Tensor, count: int) -> torch.Tensor:

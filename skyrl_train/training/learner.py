@@ -12,6 +12,7 @@ from skyrl_train.algorithms.objective import LossFn
 from skyrl_train.data.pack import pack
 from skyrl_train.training.checkpoint import Parts, ReadPart, WritePart
 from skyrl_train.training.critic import CriticTrainer, update_critic
+from skyrl_train.training.eagle3 import Eagle3Trainer
 from skyrl_train.training.experience import Experience
 from skyrl_train.training.mismatch import MismatchWatch
 from skyrl_train.training.trainer import PolicyTrainer
@@ -44,6 +45,9 @@ class Learner:
     weights_for: WeightsFor = "module"
     critic: CriticTrainer | None = None
     critic_mini_batch_size: int | None = None  # None is the policy's
+    draft_head: Eagle3Trainer | None = None
+    draft_head_steps: int = 0
+    """Steps of the head that drafts for the policy, after each update and on the same samples."""
 
     def update(self, experience: Experience) -> dict[str, float]:
         """One update of the policy, and of the critic, for each mini-batch and epoch; returns the metrics."""
@@ -65,6 +69,7 @@ class Learner:
             **result.metrics,
             **self._update_critic(experience.samples),
             **self._steer_kl(experience, result.metrics),
+            **self._teach_draft_head(experience.samples),
             "policy/version": result.version,
             "train/num_loss_tokens": tokens,
             "train/num_rows": rows,
@@ -92,7 +97,12 @@ class Learner:
             parts["critic"] = (self.critic.save, self.critic.load)
         if self.kl_controller is not None and self.kl_controller.is_adaptive:
             parts["kl_controller"] = (self.kl_controller.save, self.kl_controller.load)
+        if self.draft_head is not None:
+            parts["draft_head"] = (self.draft_head.save, self.draft_head.load)
         return parts
+
+    def _teach_draft_head(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
+        return {} if self.draft_head is None else self.draft_head.learn(samples, self.draft_head_steps)
 
     def _update_critic(self, samples: Sequence[TrainingSample]) -> dict[str, float]:
         if self.critic is None:
