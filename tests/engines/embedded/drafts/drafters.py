@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from skyrl_train.engines.embedded.drafts.base import ROOT, Drafter, Drafts, DraftSource, FollowedRows, Indices, Ints
+from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
+from skyrl_train.engines.embedded.twin import InferenceModel
 
 
 def source(drafter: Drafter) -> DraftSource:
@@ -21,6 +23,8 @@ class TestDrafter:
     name = "test"
     taps: tuple[int, ...] = ()
     has_weights = False
+    pools: tuple[KVPool, ...] = ()
+    models: tuple[InferenceModel, ...] = ()
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
