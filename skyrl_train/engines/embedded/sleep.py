@@ -1,6 +1,7 @@
 """Sleep and wake: which occupants of memory were given back, and what may happen meanwhile.
 
-    kv_cache   the pool's memory and the host tier's; cached prefixes are forgotten, sessions keep their tokens
+    kv_cache   the pool's memory, the host tier's and a drafter's; cached prefixes are forgotten, sessions keep their
+               tokens
     weights    what the engine made of them for itself (packed copies, see packed_linear); the model's own tensors stay
                where they are, for they are the trainer's, who needs them while the engine sleeps
 
@@ -20,6 +21,8 @@ from typing import Protocol
 import torch
 
 from skyrl_train.engines.base import Capability, Occupant
+from skyrl_train.engines.embedded.drafts.base import Drafter
+from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.radix_cache import RadixCache
 from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.errors import EngineError, RequestRejected
@@ -38,33 +41,33 @@ class Memory(Protocol):
 
 
 class CacheMemory:
-    """The pool under a prefix cache, and the host tier behind it."""
+    """The pool under a prefix cache, the host tier behind it, and a drafter's pools, where slots mean the same."""
 
-    def __init__(self, cache: RadixCache) -> None:
+    def __init__(self, cache: RadixCache, pools: Sequence[KVPool]) -> None:
         self._cache = cache
+        self._holders: list[Memory] = [*cache.holders(), *pools]
 
     def give_back(self) -> int:
         self._cache.flush()
-        given = [holder.give_back() for holder in self._cache.holders()]
-        return sum(given)
+        return sum(holder.give_back() for holder in self._holders)
 
     def take_again(self) -> None:
-        for holder in self._cache.holders():
+        for holder in self._holders:
             holder.take_again()
 
 
 class CopiedWeights:
     """Packed copies of the weights: dropped, and made anew where they are next used."""
 
-    def __init__(self, model: InferenceModel) -> None:
-        self._model = model
+    def __init__(self, models: Sequence[InferenceModel]) -> None:
+        self._models = models
 
     def give_back(self) -> int:
-        packing = self._model.packing
-        if packing is None:
-            return 0
-        num_bytes = packing.num_bytes
-        packing.release()
+        # Looked up now: a model whose modules were replaced has packed them anew.
+        packings = [model.packing for model in self._models if model.packing is not None]
+        num_bytes = sum(packing.num_bytes for packing in packings)
+        for packing in packings:
+            packing.release()
         return num_bytes
 
     def take_again(self) -> None:
@@ -122,11 +125,12 @@ def sleep_capabilities(device: torch.device) -> frozenset[Capability]:
     return frozenset({"sleep"}) if device.type == "cpu" else frozenset()
 
 
-def make_sleep(name: str, cache: RadixCache, model: InferenceModel) -> Sleep:
+def make_sleep(name: str, cache: RadixCache, model: InferenceModel, drafter: Drafter | None = None) -> Sleep:
     """Of an engine with this cache and this model."""
     if not sleep_capabilities(next(model.original.parameters()).device):
         return Sleep(name, None)
-    return Sleep(name, {"kv_cache": CacheMemory(cache), "weights": CopiedWeights(model)})
+    pools, models = ((), ()) if drafter is None else (drafter.pools, drafter.models)
+    return Sleep(name, {"kv_cache": CacheMemory(cache, pools), "weights": CopiedWeights([model, *models])})
 
 
 def trim_heap() -> None:

@@ -9,8 +9,10 @@ from dataclasses import replace
 
 import pytest
 
+from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.embedded.core import EngineCore
+from skyrl_train.engines.embedded.drafts.build import standalone_source
 from skyrl_train.errors import EngineError, RequestRejected, WeightUpdateError
 from skyrl_train.types import GenerateRequest, LocalWeights, SessionRef, WeightUpdate
 from skyrl_train.weight_sync.sync import Turns, sync_weights
@@ -82,6 +84,28 @@ def test_the_host_tier_sleeps_with_the_cache() -> None:
     core.rest.end(("kv_cache",))
     assert tier.num_tokens == 0
     core.check_integrity()
+
+
+def test_a_draft_model_sleeps_too_and_guesses_as_well_after_it() -> None:
+    model = make_model(attn_implementation=ATTENTION_NAME)
+    drafts = standalone_source(model, model, max_guesses=3)
+    core = EngineCore(model, None, config=EmbeddedConfig(kv_cache_tokens=100_000, max_context_len=128), drafts=drafts)
+    assert core.speculation is not None
+    drafter = core.speculation.drafter
+    (prompt,) = random_prompts(40)
+    (before,) = run(core, [asking(prompt, max_new=30)])
+    guessed = core.speculation.counts.accept_rate
+    assert guessed > 0.9, "it is the model itself"
+    for tensors in (drafter.pools[0].keys, drafter.pools[0].values):
+        for tensor in tensors.values():
+            tensor.fill_(1.0)
+    size, awake = touch_all(core) + drafter.pools[0].num_bytes, resident()
+    core.sleep(("kv_cache", "weights"))
+    assert awake - resident() > 0.9 * size > 50 * MIB
+    core.rest.end(("kv_cache", "weights"))
+    (after,) = run(core, [asking(prompt, "b", max_new=30)])
+    assert after.token_ids == before.token_ids
+    assert core.speculation.counts.accept_rate > 0.9
 
 
 def test_packed_copies_of_the_weights_go_with_the_weights_and_come_again() -> None:

@@ -24,7 +24,9 @@ import numpy.typing as npt
 import torch
 
 from skyrl_train.engines.embedded.attention import PagedBatch
+from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
+from skyrl_train.engines.embedded.twin import InferenceModel
 
 Indices = npt.NDArray[np.intp]
 Ints = npt.NDArray[np.int32]
@@ -74,6 +76,10 @@ class Drafter(Protocol):
 
     has_weights: bool
     """It was trained for the model, and stays behind when that learns; else it guesses from text alone."""
+
+    pools: tuple[KVPool, ...]
+    """Of its own keys and values. Like `models`, what it computes with, they sleep with the engine's (see sleep)."""
+    models: tuple[InferenceModel, ...]
 
     def propose(self, seats: Seats, chosen: Indices, room: Ints) -> Drafts:
         """Guesses for the seats `chosen` [n], at most `room` [n] each, which is 1 or more. Nothing is in flight.

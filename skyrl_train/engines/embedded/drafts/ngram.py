@@ -21,7 +21,9 @@ import numpy as np
 
 from skyrl_train.engines.embedded.drafts.base import Drafts, FollowedRows, Indices, Ints
 from skyrl_train.engines.embedded.drafts.ngram_tables import NativeTable, PlainTable, Table
+from skyrl_train.engines.embedded.kv_pool import KVPool
 from skyrl_train.engines.embedded.request import Seats
+from skyrl_train.engines.embedded.twin import InferenceModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,8 @@ class NgramDrafter:
     name = "ngram"
     taps: tuple[int, ...] = ()
     has_weights = False
+    pools: tuple[KVPool, ...] = ()
+    models: tuple[InferenceModel, ...] = ()
 
     def __init__(self, settings: NgramSettings, num_seats: int, native: ctypes.CDLL | None) -> None:
         self.max_tokens = settings.max_guesses

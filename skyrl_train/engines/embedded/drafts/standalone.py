@@ -58,6 +58,8 @@ class StandaloneDrafter:
         self._model = model
         device = next(model.original.parameters()).device
         self._pool = KVPool(layers, num_slots, device)
+        self.pools: tuple[KVPool, ...] = (self._pool,)
+        self.models: tuple[InferenceModel, ...] = (self._model,)
         self._backend = make_backend(attention_backend, device, layers, native)
         self._pick: Pick = pick if native is None else NativePick(native)
         self._has_keys = np.zeros(num_slots + 1, dtype=bool)

@@ -85,6 +85,8 @@ class EagleDrafter:
         parameter = next(head.parameters())
         self._shape = kv_shape(head, parameter.dtype)
         self._pool = KVPool({0: self._shape}, num_slots + 1 + num_seats * settings.num_spare, parameter.device)
+        self.pools: tuple[KVPool, ...] = (self._pool,)
+        self.models: tuple[InferenceModel, ...] = (self._head,)
         self._backend: AttentionBackend = make_backend(attention_backend, parameter.device, {0: self._shape}, native)
         self._pick: Pick = pick if native is None else NativePick(native)
         self._num_slots = num_slots
