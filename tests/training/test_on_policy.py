@@ -105,7 +105,7 @@ def test_every_cut_into_micro_batches_gives_the_engines_bits(arch: str, turns: i
     assert_same_bits(trainer, rollouts(trainer, temperature, turns=turns))
 
 
-@pytest.mark.parametrize("arch", ["llama", "olmo2", "phi3"])
+@pytest.mark.parametrize("arch", ["llama", "olmo2", "phi3", "gemma3_text"])
 def test_other_architectures(arch: str) -> None:
     trainer = make_trainer(make_model(arch))
     assert_same_bits(trainer, rollouts(trainer, 1.0, turns=2))

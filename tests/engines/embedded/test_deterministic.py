@@ -113,7 +113,7 @@ def test_requests_that_are_retracted_while_they_decode() -> None:
     assert core.stats().num_retractions_total > 0 and core.stats().num_evicted_tokens_total > 0
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "llama", "mistral", "olmo2", "phi3"])
+@pytest.mark.parametrize("arch", ["qwen2", "llama", "mistral", "olmo2", "phi3", "gemma3_text"])
 def test_other_architectures(arch: str) -> None:
     model = make_model(arch)
     requests = random_requests(random.Random(5), 6)
@@ -187,8 +187,8 @@ def test_the_answer_is_that_of_plain_inference_up_to_rounding() -> None:
 
 
 def test_what_it_is_not_built_for_is_refused_when_the_engine_is_made() -> None:
-    with pytest.raises(ConfigError, match="does not know GELUTanh"):
-        make_core(make_model("gemma3_text"), deterministic=True)
+    with pytest.raises(ConfigError, match="does not know GELUActivation"):
+        make_core(make_model("llama", hidden_act="gelu"), deterministic=True)
     with pytest.raises(ConfigError, match="head size that 16 divides, up to 256; layer 0 has head size 8"):
         make_core(make_model("qwen3", head_dim=8), deterministic=True)
     with pytest.raises(ConfigError, match="has an attention of its own"):

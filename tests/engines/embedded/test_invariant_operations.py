@@ -6,6 +6,7 @@ Values and gradients are right: torch is the judge of both, and finite differenc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import pytest
@@ -86,10 +87,11 @@ def test_a_row_of_a_norm(dim: int, threads: int) -> None:
     )
 
 
-def test_a_number_of_silu(threads: int) -> None:
+def test_a_number_of_an_activation(threads: int) -> None:
     x = torch.cat((randn(MANY, 37) * 20, torch.tensor([0.0, -0.0, 1e30, -1e30, 1e-20]).repeat(1, 8)[:, :37]))
-    assert_rows_stand_alone(operations.silu, x)
-    assert torch.allclose(operations.silu(x), F.silu(x), rtol=1e-5, atol=1e-30)
+    for mine, theirs in ((operations.silu, F.silu), (operations.gelu_tanh, partial(F.gelu, approximate="tanh"))):
+        assert_rows_stand_alone(mine, x)
+        assert torch.allclose(mine(x), theirs(x), rtol=1e-5, atol=2e-6)
 
 
 def test_rotation_has_the_bits_of_transformers_own(threads: int) -> None:
@@ -203,8 +205,9 @@ def test_gradients_of_the_norm() -> None:
         )
 
 
-def test_gradients_of_silu() -> None:
+def test_gradients_of_activations() -> None:
     assert_gradients(operations.silu, F.silu, [3 * randn(4, 10)])
+    assert_gradients(operations.gelu_tanh, partial(F.gelu, approximate="tanh"), [3 * randn(4, 10)])
 
 
 def test_gradients_of_the_rotation() -> None:

@@ -31,16 +31,16 @@ class InvariantKernels:
         self._pack = native.invariant_pack
         self._pack.argtypes, self._pack.restype = (pointer, int64, int64, pointer, int32), None
         self._linear, self._rms_norm = native.invariant_linear, native.invariant_rms_norm
-        self._silu, self._rotate = native.invariant_silu, native.invariant_rotate
+        self._activation, self._rotate = native.invariant_activation, native.invariant_rotate
         self._logprobs, self.attention = native.invariant_logprobs, native.invariant_attention
         self._linear.argtypes = (*(pointer,) * 5, int64, int64, int64, int32)
         self._rms_norm.argtypes = (*(pointer,) * 4, int64, int64, float32, float32, int32)
-        self._silu.argtypes = (pointer, pointer, int64, int32)
+        self._activation.argtypes = (pointer, pointer, int64, int32, int32)
         self._rotate.argtypes = (pointer, int64, int64, pointer, *(int64,) * 3, pointer, pointer, float32, int32)
         self._logprobs.argtypes = (pointer, *(int64,) * 3, *(pointer,) * 4, int32)
         self.attention.argtypes = (pointer,)
         for function in (
-            *(self._linear, self._rms_norm, self._silu, self._rotate, self._logprobs),
+            *(self._linear, self._rms_norm, self._activation, self._rotate, self._logprobs),
             self.attention,
         ):
             function.restype = None
@@ -87,9 +87,10 @@ class InvariantKernels:
         )
         return out, scales
 
-    def silu(self, x: torch.Tensor) -> torch.Tensor:
+    def activation(self, x: torch.Tensor, *, is_gelu: bool) -> torch.Tensor:
+        """SiLU of each number, or GELU by its tanh."""
         out = torch.empty_like(x)
-        self._silu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+        self._activation(x.data_ptr(), out.data_ptr(), x.numel(), is_gelu, torch.get_num_threads())
         return out
 
     def rotate(self, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor, sign: float) -> torch.Tensor:

@@ -35,7 +35,15 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     if torch.is_grad_enabled():
         out: torch.Tensor = _SiLU.apply(x)  # type: ignore[no-untyped-call]
         return out
-    return invariant_kernels().silu(x.contiguous())
+    return invariant_kernels().activation(x.contiguous(), is_gelu=False)
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x^3)))."""
+    if torch.is_grad_enabled():
+        out: torch.Tensor = _GELU.apply(x)  # type: ignore[no-untyped-call]
+        return out
+    return invariant_kernels().activation(x.contiguous(), is_gelu=True)
 
 
 def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
@@ -89,13 +97,26 @@ class _SiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
-        return invariant_kernels().silu(x.contiguous())
+        return invariant_kernels().activation(x.contiguous(), is_gelu=False)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         sigmoid = torch.sigmoid(x)
         gradient: torch.Tensor = grads[0] * sigmoid * (1 + x * (1 - sigmoid))
+        return gradient
+
+
+class _GELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return invariant_kernels().activation(x.contiguous(), is_gelu=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        gradient: torch.Tensor = torch.ops.aten.gelu_backward(grads[0], x, approximate="tanh")
         return gradient
 
 

@@ -7,6 +7,8 @@ exact in each element, whatever the batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -72,8 +74,8 @@ class _InvariantBuilder(TwinBuilder):
         if not isinstance(module, HARMLESS) and (own or not module._modules):
             raise ConfigError(
                 f"deterministic inference does not know {type(module).__name__} ({self._names[id(module)]} of "
-                f"{self._model}): it has invariant linear maps, RMSNorm, SiLU and rotary embeddings in halves; "
-                "leave generator.deterministic_inference out for this model"
+                f"{self._model}): it has invariant linear maps, RMSNorm, SiLU, GELU by tanh and rotary embeddings "
+                "in halves; leave generator.deterministic_inference out for this model"
             )
         return super()._build(module)
 
@@ -127,6 +129,13 @@ class InvariantSiLU(nn.Module):
     __call__ = forward
 
 
+class InvariantGELU(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return operations.gelu_tanh(x)
+
+    __call__ = forward
+
+
 class AnglesByPosition(nn.Module):
     """A rotary module's cosines and sines, computed for `ANGLES_TOGETHER` positions at a time and kept."""
 
@@ -172,10 +181,20 @@ def _as_invariant(module: nn.Module, packing: Packing | None) -> nn.Module | Non
         return None
     if "inv_freq" in module._buffers or any(name.endswith("_inv_freq") for name in module._buffers):
         return AnglesByPosition(module)
+    return _as_activation(module)
+
+
+def _as_activation(module: nn.Module) -> nn.Module | None:
+    kinds: dict[str, tuple[Callable[..., torch.Tensor], Callable[[], nn.Module]]] = {
+        "SiLU": (nn.functional.silu, InvariantSiLU),
+        "SiLUActivation": (nn.functional.silu, InvariantSiLU),
+        "GELUTanh": (partial(nn.functional.gelu, approximate="tanh"), InvariantGELU),
+    }
+    expected, make = kinds.get(type(module).__name__, (None, None))
     trial = torch.linspace(-30, 30, 97)
-    if type(module).__name__ in {"SiLU", "SiLUActivation"} and _agree(module(trial), nn.functional.silu(trial)):
-        return InvariantSiLU()
-    return None
+    if expected is None or make is None or not _agree(module(trial), expected(trial)):
+        return None
+    return make()
 
 
 def _as_rms_norm(module: nn.Module) -> InvariantRMSNorm | None:

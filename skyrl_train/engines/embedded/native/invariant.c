@@ -223,14 +223,24 @@ void invariant_rms_norm(const float *x, const float *weight, float *out, float *
     }
 }
 
-/* out = x * sigmoid(x), n numbers */
-void invariant_silu(const float *x, float *out, int64_t n, int32_t num_threads) {
+/* GELU by its tanh: x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3) */
+INLINE vec gelu_tanh(vec x) {
+    const vec u = 1.5957691216057308f * (x + 0.044715f * x * x * x);
+    ivec negative = u < splat(0);
+    vec e = vexp(choose(negative, u, -u));
+    return x * (choose(negative, e, splat(1.0f)) / (e + 1.0f));
+}
+
+INLINE vec activation(vec x, const int is_gelu) { return is_gelu ? gelu_tanh(x) : silu(x); }
+
+/* out = silu(x) or gelu(x), n numbers */
+void invariant_activation(const float *x, float *out, int64_t n, int32_t is_gelu, int32_t num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1 && n >= PARALLEL_FROM)
     for (int64_t i = 0; i < n; i += LANES) {
         if (i + LANES <= n)
-            store(out + i, silu(load(x + i)));
+            store(out + i, activation(load(x + i), is_gelu));
         else
-            store_first(out + i, silu(load_first(x + i, n - i)), n - i);
+            store_first(out + i, activation(load_first(x + i, n - i), is_gelu), n - i);
     }
 }
 
