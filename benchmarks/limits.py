@@ -61,7 +61,7 @@ def measure_ceilings(
     """
     weights = shape.num_step_weights * dtype.itemsize
     copy_bytes = min(max(weights, 16 * MIB), 2048 * MIB)
-    matmul_size = 8192 if device == "cuda" else 1024
+    matmul_size = 8192 if device == "cuda" else 512
     return Ceilings(
         copy_bytes=copy_bytes,
         copy_bytes_per_s=_best(lambda: copy_bytes_per_s(device, copy_bytes), threads),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -10,6 +11,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+
+from skyrl_train.engines.embedded.native.build import NativeUnavailable, load_native
+from skyrl_train.engines.embedded.packed_linear import Packing
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "triton")
 
@@ -72,17 +76,27 @@ def copy_bytes_per_s(device: str, num_bytes: int) -> float:
 
 
 def matmul_flops_per_s(device: str, dtype: torch.dtype, size: int) -> float:
-    """Of a product of two `size` x `size` matrices of random numbers (zeros would run faster on a GPU)."""
+    """Of a product of two `size` x `size` matrices of random numbers (zeros would run faster on a GPU).
+
+    On a CPU of torch's and our own, whichever is faster: torch's in float32 does not use all that some processors
+    have.
+    """
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
-    return 2 * size**3 / _best_seconds(lambda: torch.mm(a, b), device)
+    seconds = _best_seconds(lambda: torch.mm(a, b), device)
+    if device == "cpu":
+        linear = torch.nn.Linear(size, size, bias=False, dtype=dtype)
+        with contextlib.suppress(NativeUnavailable), torch.inference_mode():
+            packed = Packing(load_native()).matrix(linear)
+            seconds = min(seconds, _best_seconds(lambda: packed(a), device))
+    return 2 * size**3 / seconds
 
 
 def _best_seconds(action: Callable[[], object], device: str) -> float:
     for _ in range(3):
         action()
     seconds = []
-    for _ in range(10):
+    for _ in range(10 if device == "cuda" else 50):  # a processor that others use too has few undisturbed moments
         synchronize(device)
         start = time.perf_counter()
         action()
@@ -101,12 +115,12 @@ class LoadMeter:
         self._start = _machine_and_own_seconds()
         self._wall = time.perf_counter()
 
-    def others_frac(self) -> float | None:
-        """In [0, 1]; None where the system doesn't tell."""
+    def others_frac(self, children_s: float = 0.0) -> float | None:
+        """In [0, 1]; None where the system doesn't tell. `children_s`: of running processes that work for this one."""
         now, wall = _machine_and_own_seconds(), time.perf_counter() - self._wall
         if now is None or self._start is None:
             return None
-        others = (now[0] - self._start[0]) - (now[1] - self._start[1])
+        others = (now[0] - self._start[0]) - (now[1] - self._start[1]) - children_s
         return min(max(others / (wall * (os.cpu_count() or 1)), 0.0), 1.0)
 
 

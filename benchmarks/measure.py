@@ -16,7 +16,7 @@ from benchmarks.machine import LoadMeter, synchronize
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """One run: by the clock, and in processor seconds of this process. `others_frac`: see LoadMeter.
+    """One run: by the clock, and in processor seconds of this process and its engine. `others_frac`: see LoadMeter.
 
     `phases` are seconds side by side that sum to `wall_s`, where the run was taken apart.
     """
@@ -61,10 +61,14 @@ def summarize(timings: Sequence[Timing]) -> Figures:
 
 
 class PhaseClock:
-    """Times a step and its parts; on a GPU a part ends when its kernels have ended."""
+    """Times a step and its parts; on a GPU a part ends when its kernels have ended.
 
-    def __init__(self, device: str) -> None:
+    `child_seconds` are the processor seconds so far of processes that work for this one.
+    """
+
+    def __init__(self, device: str, child_seconds: Callable[[], float] | None = None) -> None:
         self._device = device
+        self._child_seconds = child_seconds or (lambda: 0.0)
         self._phases: dict[str, float] = {}
         self._restart()
 
@@ -84,10 +88,11 @@ class PhaseClock:
         synchronize(self._device)
         wall_s = time.perf_counter() - self._wall
         parts = dict(self._phases) if phases is None else phases(self)
+        children_s = self._child_seconds() - self._children_s
         timing = Timing(
             wall_s=wall_s,
-            cpu_s=time.process_time() - self._cpu,
-            others_frac=self._meter.others_frac(),
+            cpu_s=time.process_time() - self._cpu + children_s,
+            others_frac=self._meter.others_frac(children_s),
             phases={**parts, "rest": wall_s - sum(parts.values())} if parts else {},
         )
         self._restart()
@@ -95,13 +100,14 @@ class PhaseClock:
 
     def _restart(self) -> None:
         self._phases.clear()
+        self._children_s = self._child_seconds()
         self._meter, self._wall, self._cpu = LoadMeter(), time.perf_counter(), time.process_time()
 
 
-def time_once(action: Callable[[], object], device: str) -> Timing:
+def time_once(action: Callable[[], object], device: str, *, child_seconds: Callable[[], float] | None = None) -> Timing:
     gc.collect()
     synchronize(device)
-    clock = PhaseClock(device)
+    clock = PhaseClock(device, child_seconds)
     action()
     return clock.end_step()
 

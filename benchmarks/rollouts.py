@@ -1,6 +1,7 @@
-"""Tokens per second of rollouts: our embedded engine beside transformers' two, on the same weights in one run.
+"""Tokens per second of rollouts: our embedded engine beside transformers' two and vLLM, on the same weights in one run.
 
     python -m benchmarks.rollouts                                  # 64 requests of mixed length on this CPU
+    python -m benchmarks.rollouts --engines generate,vllm,skyrl_train --threads 1   # and vLLM's server
     python -m benchmarks.rollouts --device cuda --dtype bfloat16 --shape 0.5b --requests 256 --prompt 128 --new 256
 
 Each engine is first tuned (one run per setting and thread count; the fastest stays), then checked against the plain
@@ -30,11 +31,13 @@ from benchmarks.samplers.base import Sampler
 from benchmarks.samplers.embedded import EmbeddedSampler
 from benchmarks.samplers.generate import GenerateSampler
 from benchmarks.samplers.generate_batch import GenerateBatchSampler
+from benchmarks.samplers.server import ServerSampler
 from benchmarks.tune import fastest_setting, threads_to_try
 from benchmarks.workload import LengthRange, Output, Request, describe, draw_requests, num_new_tokens
 from skyrl_train.attention import ATTENTION_NAME
 
-ENGINES = ("generate", "generate_batch", OURS)
+ENGINES = ("generate", "generate_batch", "vllm", OURS)
+DEFAULT_ENGINES = ("generate", "generate_batch", OURS)
 CACHES = ("dynamic", "static", "compiled")
 MODES = {"sampled": False, "greedy": True}
 NUM_CHECKED = 8
@@ -50,7 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--new", type=LengthRange.parse, default=LengthRange(low=16, high=256), metavar="LOW:HIGH")
     parser.add_argument("--seed", type=int, default=0, help="of weights and workload")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--engines", type=_names(ENGINES), default=ENGINES, help="comma-separated; default: all")
+    parser.add_argument("--engines", type=_names(ENGINES), default=DEFAULT_ENGINES, help="default: all but vllm")
     parser.add_argument("--modes", type=_names(tuple(MODES)), default=tuple(MODES), help="sampled,greedy")
     parser.add_argument("--threads", type=_ints, default=(), help="thread counts to tune over; default: 1 and all")
     parser.add_argument("--generate-batches", type=_ints, default=(16, 32, 64), help="batch sizes to tune over")
@@ -98,7 +101,11 @@ def main(argv: Sequence[str] | None = None) -> list[Contestant[Sampler]]:
         for i in range(args.repetitions):
             for contestant in running(contestants):
                 contestant.runner.prepare(greedy=MODES[mode])
-                timing = time_once(partial(run, contestant.runner, requests, mode), args.device)
+                timing = time_once(
+                    partial(run, contestant.runner, requests, mode),
+                    args.device,
+                    child_seconds=child_seconds(contestant.runner),
+                )
                 report.log(f"{contestant.name}, {mode}, repetition {i}: {timing}")
                 contestant.timings.setdefault(mode, []).append(timing)
         for contestant in running(contestants):
@@ -127,6 +134,8 @@ def tuned(
         make = partial(GenerateSampler, model)
         batches = sorted({min(n, args.requests) for n in (*args.generate_batches, args.requests)}, reverse=True)
         axes |= {"cache": args.generate_caches, "batch_size": batches}
+    elif engine == "vllm":
+        make = partial(ServerSampler, model, requests, shape=args.shape, backend=engine)
     else:
         # A module of its own: an open manager switches its module's attention.
         twin = twin_on_same_weights(model, attn_implementation="sdpa")
@@ -137,13 +146,19 @@ def tuned(
         try:
             warm_up(sampler, requests, "sampled")
             sampler.prepare(greedy=False)
-            timing = time_once(partial(run, sampler, requests, "sampled"), args.device)
+            timing = time_once(
+                partial(run, sampler, requests, "sampled"), args.device, child_seconds=child_seconds(sampler)
+            )
         finally:
             sampler.close()
         report.log(f"tuning, {sampler.name}: {timing}, {rate(num_new_tokens(requests), timing.wall_s)} tokens/s")
         return timing.wall_s
 
     return fastest_setting(make, axes, seconds)()
+
+
+def child_seconds(sampler: Sampler) -> Callable[[], float] | None:
+    return getattr(sampler, "child_seconds", None)
 
 
 def warm_up(sampler: Sampler, requests: Sequence[Request], mode: str) -> None:

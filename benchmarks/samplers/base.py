@@ -12,7 +12,8 @@ class Sampler(Protocol):
     """One engine in one setting, ready to run. `name` says which setting.
 
     `run` is what is timed: all requests from token ids to token ids and log-probabilities, each of exactly its
-    length, at temperature 1 from the whole distribution, or greedily. Results come in the requests' order.
+    length, at temperature 1 from the whole distribution, or greedily. Results come in the requests' order. One that
+    works in other processes has `child_seconds() -> float` too, the processor seconds of those so far.
     """
 
     name: str

@@ -11,6 +11,7 @@ from benchmarks import grpo_step, rollouts
 from benchmarks.check import WrongOutput, check_outputs
 from benchmarks.grpo.work import StepWork
 from benchmarks.limits import Ceilings, rollout_limit, training_flops
+from benchmarks.measure import time_once
 from benchmarks.models import ModelShape, build_model, build_tokenizer, to_text, twin_on_same_weights
 from benchmarks.tune import fastest_setting
 from benchmarks.workload import LengthRange, Output, Request, draw_requests
@@ -49,6 +50,24 @@ def test_the_rollout_benchmark_writes_a_table_and_its_log(tmp_path: Path, one_th
     assert page.stem == log.stem
     assert page.read_text().count("| skyrl_train |") == 2, "a row in each mode"
     assert "skyrl_train, greedy, repetition 0" in log.read_text()
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_server_that_does_not_start_is_a_row_that_says_why(tmp_path: Path, one_thread, monkeypatch):
+    monkeypatch.setenv("SKYRL_VLLM_PYTHON", str(tmp_path / "no-python"))
+    size = ["--requests", "2", "--prompt", "2:4", "--new", "2:3", "--repetitions", "1", "--threads", "1"]
+    results = rollouts.main([*size, "--engines", "vllm,skyrl_train", "--modes", "greedy", "--out", str(tmp_path)])
+    (vllm, ours) = results
+    assert "no-python" in vllm.error and not ours.error
+    (page,) = tmp_path.glob("*.md")
+    assert f"| vllm | {vllm.error} |" in page.read_text()
+
+
+def test_processor_seconds_of_an_engine_elsewhere_are_its_own_and_not_others():
+    spent = iter((10.0, 12.5))
+    timing = time_once(lambda: None, "cpu", child_seconds=lambda: next(spent, 12.5))
+    assert 2.5 <= timing.cpu_s < 2.6
+    assert timing.others_frac in (0.0, None), "more than passed by the clock: nothing is left for others"
 
 
 @pytest.mark.filterwarnings("default")
