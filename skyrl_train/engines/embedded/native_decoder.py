@@ -1,8 +1,8 @@
 """All layers of a step in one call of C: native/decoder.c, for decoders of the common form.
 
 A step of a small model spends more time between its kernels, in Python, than in them when few requests run. Whether a
-model has the form is seen by `fused_decoder.recognise`; what it can't take (adapters, tapped layers, other forms) goes
-through the twin, which computes the same with the same kernels.
+model has the form is seen by `fused_decoder.recognise`; what it can't take (tapped layers, other forms) goes through
+the twin, which computes the same with the same kernels. In a step with adapters C calls back after each product.
 
 Shapes: T rows, n of them with logits, H hidden size, Hq query heads, Hkv key/value heads, D head size, V words.
 """
@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from skyrl_train.engines.embedded.adapters.in_native import Additions
+from skyrl_train.engines.embedded.adapters.rows import Form
 from skyrl_train.engines.embedded.attention import AttentionBackend, PagedBatch
 from skyrl_train.engines.embedded.cpu_attention import CpuAttention
 from skyrl_train.engines.embedded.fused import LANES, Kernels
@@ -26,6 +28,8 @@ from skyrl_train.engines.embedded.twin import InferenceModel
 
 NORMS = ("input_norm", "mlp_norm", "query_norm", "key_norm")
 MAPS = ("query", "key", "value", "output", "gated", "down")
+HALVES = ("gate", "up")
+"""Of "gated", one by one where adapters add to them."""
 
 
 class _Layer(ctypes.Structure):
@@ -35,7 +39,7 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in NORMS),
         *((name, ctypes.c_float) for name in ("input_eps", "mlp_eps", "query_eps", "key_eps", "scaling")),
         ("window", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in ("keys", "values", *MAPS)),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", *MAPS, *HALVES)),
     )
 
 
@@ -44,7 +48,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("layers", "step", "cosine", "sine", "residual", "normed", "added")),
-        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "attended", "gated")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "attended", "gated", "up", "changed")),
         *((name, ctypes.c_int64) for name in ("num_rows", "hidden")),
         *((name, ctypes.c_int32) for name in ("num_layers", "num_threads")),
     )
@@ -60,6 +64,8 @@ class _Maps:
     output: PackedMatrix
     gated: PackedMatrix
     down: PackedMatrix
+    gate: PackedMatrix
+    up: PackedMatrix
 
     def all(self) -> tuple[PackedMatrix, ...]:
         return (self.query, self.key, self.value, self.output, self.gated, self.down)
@@ -69,9 +75,17 @@ class NativeDecoder:
     """Rows to logits. `packing` is that of the model's twin: an update of the weights marks these copies too."""
 
     def __init__(
-        self, decoder: FusedDecoder, packing: Packing, native: ctypes.CDLL, attention: CpuAttention, pool: KVPool
+        self,
+        decoder: FusedDecoder,
+        packing: Packing,
+        native: ctypes.CDLL,
+        attention: CpuAttention,
+        pool: KVPool,
+        additions: Additions | None = None,
     ) -> None:
+        """`additions` where adapters may add to its maps."""
         self.packing = packing
+        self._additions = additions
         self._decoder = decoder
         self._attention = attention
         self._pool = pool
@@ -86,14 +100,17 @@ class NativeDecoder:
         self._step = _Step(layers=ctypes.addressof(self._layers), num_layers=len(decoder.layers))
 
     def logits(
-        self, token_ids: torch.Tensor, batch: PagedBatch, sample_rows: torch.Tensor | int
+        self, token_ids: torch.Tensor, batch: PagedBatch, sample_rows: torch.Tensor | int, form: Form | None = None
     ) -> torch.Tensor | None:
         """token_ids [T] -> [n, V]; `sample_rows` [n] are the rows that want logits, 0 is all. Writes the rows' keys and
-        values to the pool. None, with nothing done, where the weights have come to be of another kind.
+        values to the pool. None, with nothing done, where the weights have come to be of another kind. `form` is what
+        adapters add in this step.
         """
         decoder = self._decoder
         dtype = decoder.embedding.dtype
         if not self._head.is_ready(dtype) or not self._are_layers_ready(dtype):
+            return None
+        if form is not None and not self._are_halves_ready(dtype):
             return None
         shape, rows = self._pool.layers[decoder.layers[0].index], len(token_ids)
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -101,7 +118,7 @@ class NativeDecoder:
         hidden = residual.shape[1]
         cosine, sine = (table[batch.row_positions] for table in decoder.tables)
         widths = {"normed": hidden, "added": hidden, "q": q_size, "k": kv_size, "v": kv_size, "attended": q_size}
-        widths["gated"] = max(maps.gated.num_outputs for maps in self._maps)
+        widths["gated"] = widths["up"] = max(maps.gated.num_outputs for maps in self._maps)
         buffers = {name: torch.empty((rows, width), dtype=dtype) for name, width in widths.items()}
         step = self._step
         for name, buffer in buffers.items():
@@ -109,10 +126,33 @@ class NativeDecoder:
         step.residual, step.cosine, step.sine = residual.data_ptr(), cosine.data_ptr(), sine.data_ptr()
         step.step = self._attention.step_address(batch, rows, shape)
         step.num_rows, step.hidden, step.num_threads = rows, hidden, torch.get_num_threads()
-        self._decode(ctypes.addressof(step))
+        self._run(form, buffers)
         chosen = residual if isinstance(sample_rows, int) else residual[sample_rows]
         norm = decoder.final_norm
         return self._head(self._kernels.rms_norm(chosen, norm.weight, norm.eps, 0.0))
+
+    def _run(self, form: Form | None, buffers: dict[str, torch.Tensor]) -> None:
+        additions = self._additions
+        if form is None or additions is None:
+            self._step.changed = None
+            self._decode(ctypes.addressof(self._step))
+            return
+        self._step.changed = ctypes.cast(additions.callback, ctypes.c_void_p)
+        additions.begin(form, buffers)
+        self._decode(ctypes.addressof(self._step))
+        additions.end()
+
+    def _are_halves_ready(self, dtype: torch.dtype) -> bool:
+        """As `_are_layers_ready`, for what a step with adapters needs beside that; buffers have one width for all."""
+        if len({maps.gated.num_outputs for maps in self._maps}) > 1:
+            return False
+        for place, maps in zip(self._layers, self._maps, strict=True):
+            for name in HALVES:
+                one: PackedMatrix = getattr(maps, name)
+                if not one.is_ready(dtype):
+                    return False
+                setattr(place, name, one.address)
+        return True
 
     def _are_layers_ready(self, dtype: torch.dtype) -> bool:
         """As `is_ready` of each map, in one comparison where nothing changed."""
@@ -168,7 +208,9 @@ def native_decoder(
         return None
     if not can_pack(decoder.head) or not all(_all_packable(layer) for layer in decoder.layers):
         return None
-    return NativeDecoder(decoder, packing, native, backend, pool)
+    sites = [[model.site_of(module) for module in _modules(layer)] for layer in decoder.layers]
+    additions = Additions(sites) if any(site is not None for of_layer in sites for site in of_layer) else None
+    return NativeDecoder(decoder, packing, native, backend, pool, additions)
 
 
 def _maps(layer: Layer, packing: Packing) -> _Maps:
@@ -181,6 +223,8 @@ def _maps(layer: Layer, packing: Packing) -> _Maps:
         output=packing.matrix(layer.output),
         gated=packing.matrix(gate, up),
         down=packing.matrix(layer.down),
+        gate=packing.matrix(gate),
+        up=packing.matrix(up),
     )
 
 
@@ -192,7 +236,14 @@ def _sources(layer: Layer) -> list[tuple[Mapping[str, torch.Tensor | None], str]
     return [(module._parameters, name) for module in modules for name in module._parameters]
 
 
+def _modules(layer: Layer) -> list[nn.Module]:
+    """In the order of `adapters.in_native.MAPS`."""
+    return [*layer.qkv.modules, layer.output, *layer.gate_up.modules, layer.down]
+
+
 def _all_packable(layer: Layer) -> bool:
     gate, up = layer.gate_up.modules
-    modules: list[nn.Module] = [*layer.qkv.modules, layer.output, layer.down, gate, up]
-    return all(can_pack(module) for module in modules) and gate._parameters["bias"] is up._parameters["bias"] is None
+    return (
+        all(can_pack(module) for module in _modules(layer))
+        and gate._parameters["bias"] is up._parameters["bias"] is None
+    )

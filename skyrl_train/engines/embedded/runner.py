@@ -156,9 +156,13 @@ class ModelRunner:
         )
 
     def _direct_logits(self, batch: PagedBatch, sample_rows: torch.Tensor | int) -> torch.Tensor | None:
-        if self._direct is None or self._taps is not None or self._model.adds_adapters:
+        if self._direct is None or self._taps is not None:
             return None
-        return self._direct.logits(torch.from_numpy(self._input_ids[: len(batch.row_slots)]), batch, sample_rows)
+        ids = torch.from_numpy(self._input_ids[: len(batch.row_slots)])
+        logits = self._direct.logits(ids, batch, sample_rows, self._model.form)
+        if logits is not None:
+            self._model.end_step()
+        return logits
 
     def launch(self, plan: StepPlan) -> ReadyTokens | VerifiedTokens | None:
         logits = self.logits(plan)

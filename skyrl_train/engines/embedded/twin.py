@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from skyrl_train.engines.embedded.adapters.rows import NOT_SELECTED, AdaptedMaps
+from skyrl_train.engines.embedded.adapters.rows import NOT_SELECTED, AdaptedMaps, Form
 from skyrl_train.engines.embedded.drafts.taps import Taps
 from skyrl_train.engines.embedded.fused import Kernels, Rotary, as_gated_mlp, as_rms_norm, as_rotary
 from skyrl_train.engines.embedded.packed_linear import PackedMatrix, Packing, can_pack, can_pack_pair
@@ -52,9 +52,13 @@ class InferenceModel:
 
     def __call__(self, **inputs: Any) -> Any:
         output = self.twin(**inputs)
+        self.end_step()
+        return output
+
+    def end_step(self) -> None:
+        """What `select_rows` said was of this forward alone."""
         if self._adapted is not None:
             self._adapted.rows.form = NOT_SELECTED
-        return output
 
     def select_rows(self, row_seats: npt.NDArray[np.int32]) -> None:
         """Before each forward where adapters are served: row t is of the request in seat row_seats[t]."""
@@ -62,9 +66,13 @@ class InferenceModel:
             self._adapted.rows.select(row_seats)
 
     @property
-    def adds_adapters(self) -> bool:
-        """Whether some rows of the next forward have an adapter."""
-        return self._adapted is not None and self._adapted.rows.form is not None
+    def form(self) -> Form | None:
+        """What adapters add in the next forward; None: nothing."""
+        return None if self._adapted is None else self._adapted.rows.form
+
+    def site_of(self, module: nn.Module) -> str | None:
+        """What a module of the original is called as a site of adapters; None where they can't change it."""
+        return None if self._adapted is None else self._adapted.site_of(module)
 
     def tap(self, layers: tuple[int, ...]) -> Taps:
         """Keep the outputs of these layers from now on; once only."""

@@ -265,6 +265,9 @@ class AdaptedMaps:
     def __contains__(self, module: nn.Module) -> bool:
         return id(module) in self._site_of
 
+    def site_of(self, module: nn.Module) -> str | None:
+        return self._site_of.get(id(module))
+
     def find(self, model: nn.Module) -> None:
         """Before a twin of `model` is built."""
         self._site_of = {id(module): name for name, module in model.named_modules() if name in self._sites}

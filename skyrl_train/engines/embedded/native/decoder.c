@@ -17,7 +17,10 @@ typedef struct {
     int32_t window;
     char *keys, *values; /* pools */
     const Product *query, *key, *value, *output, *gated, *down;
+    const Product *gate, *up; /* the halves of `gated`, for steps with `changed` */
 } DecoderLayer;
+
+enum { QUERY, KEY, VALUE, OUTPUT, GATE, UP, DOWN };
 
 typedef struct {
     const DecoderLayer *layers;
@@ -25,7 +28,8 @@ typedef struct {
     const void *cosine, *sine; /* [T, D] */
     char *residual;            /* [T, H]: embeddings in, the last layer's sum out */
     char *normed, *added;      /* [T, H] */
-    char *q, *k, *v, *attended, *gated;
+    char *q, *k, *v, *attended, *gated, *up;
+    void (*changed)(int32_t layer, int32_t map); /* called after each product, may change its result; or null */
     int64_t num_rows, hidden;
     int32_t num_layers, num_threads;
 } DecoderStep;
@@ -48,6 +52,10 @@ static void add(char *residual, const char *x, int64_t n, int is_bfloat16, int n
             set(residual, i, get(residual, i, 0) + get(x, i, 0), 0);
 }
 
+static void changed(const DecoderStep *d, int32_t layer, int32_t map) {
+    if (d->changed) d->changed(layer, map);
+}
+
 void decode(const DecoderStep *d) {
     const Step *step = d->step;
     const int64_t rows = d->num_rows, dim = step->head_dim, heads = step->num_heads, kv_heads = step->num_kv_heads;
@@ -56,8 +64,11 @@ void decode(const DecoderStep *d) {
         const DecoderLayer *l = d->layers + i;
         rms_norm(d->residual, l->input_norm, d->normed, rows, d->hidden, l->input_eps, 0, half, threads);
         multiply(l->query, d->normed, d->q, d);
+        changed(d, i, QUERY);
         multiply(l->key, d->normed, d->k, d);
+        changed(d, i, KEY);
         multiply(l->value, d->normed, d->v, d);
+        changed(d, i, VALUE);
         if (l->query_norm) {
             rms_norm(d->q, l->query_norm, d->q, rows * heads, dim, l->query_eps, 0, half, threads);
             rms_norm(d->k, l->key_norm, d->k, rows * kv_heads, dim, l->key_eps, 0, half, threads);
@@ -68,10 +79,20 @@ void decode(const DecoderStep *d) {
                              kv_heads * dim, dim, kv_heads * dim, dim, l->scaling, l->window};
         paged_attention(step, &layer);
         multiply(l->output, d->attended, d->added, d);
+        changed(d, i, OUTPUT);
         add(d->residual, d->added, rows * d->hidden, half, threads);
         rms_norm(d->residual, l->mlp_norm, d->normed, rows, d->hidden, l->mlp_eps, 0, half, threads);
-        multiply(l->gated, d->normed, d->gated, d);
+        if (d->changed) {
+            multiply(l->gate, d->normed, d->gated, d);
+            changed(d, i, GATE);
+            multiply(l->up, d->normed, d->up, d);
+            changed(d, i, UP);
+            silu_times(d->gated, d->up, rows * l->gate->n, half, threads);
+        } else {
+            multiply(l->gated, d->normed, d->gated, d);
+        }
         multiply(l->down, d->gated, d->added, d);
+        changed(d, i, DOWN);
         add(d->residual, d->added, rows * d->hidden, half, threads);
     }
 }

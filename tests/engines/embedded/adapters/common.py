@@ -23,7 +23,8 @@ from tests.tiny import make_model
 
 LIMIT = 1e-4
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-SHAPE: dict[str, Any] = {"initializer_range": 0.15}
+SHAPE: dict[str, Any] = {"initializer_range": 0.15, "num_attention_heads": 2, "num_key_value_heads": 1}
+"""Heads of 32 numbers, which the steps in C take."""
 
 
 def base(attention: str = "eager") -> PreTrainedModel:

@@ -116,12 +116,29 @@ def test_cut_prompts_in_a_pool_that_retracts(settings: dict, judges: dict) -> No
     assert core.stats().num_retractions_total > 0
 
 
-def test_packed_weights_and_plain_ones_give_the_same(judges: dict) -> None:  # type: ignore[type-arg]
+@pytest.mark.parametrize("packs", [False, True])
+def test_steps_in_c_and_those_through_the_twin_give_the_same(packs: bool, judges: dict) -> None:  # type: ignore[type-arg]
     prompts = random_prompts(3, 50, seed=5)
-    for packs in (False, True):
-        core = with_adapters(make_adapted(pack_weights=packs))
+    core = with_adapters(make_adapted(pack_weights=packs))
+    assert (core._runner._direct is not None) == packs  # type: ignore[attr-defined]
+    for _ in range(2):
         items = [ask(f"{name}-{i}", name, prompt) for i, prompt in enumerate(prompts) for name in NAMES]
         assert_all_are_right(judges, items, core)
+
+
+def test_what_goes_wrong_in_a_step_in_c_is_raised(core: EngineCore) -> None:
+    """A callback of C can't raise by itself."""
+
+    class Broken:
+        def add(self, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+            raise ValueError(f"no {site}")
+
+    core.add(ask("1", "all", (1, 2, 3)))
+    core.step()
+    assert core.adapters is not None
+    core.adapters.rows.select = lambda row_seats: setattr(core.adapters.rows, "form", Broken())  # type: ignore[method-assign, union-attr]
+    with pytest.raises(ValueError, match=r"no model.layers.0.self_attn.q_proj"):
+        core.step()
 
 
 def test_rslora_is_scaled_by_the_root_of_the_rank() -> None:

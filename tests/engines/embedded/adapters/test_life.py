@@ -25,7 +25,16 @@ from skyrl_train.types import (
     WeightUpdate,
 )
 from skyrl_train.weight_sync.sync import sync_weights
-from tests.engines.embedded.adapters.common import ask, assert_is_of, base, make_adapted, merged, random_adapter, save
+from tests.engines.embedded.adapters.common import (
+    SHAPE,
+    ask,
+    assert_is_of,
+    base,
+    make_adapted,
+    merged,
+    random_adapter,
+    save,
+)
 from tests.engines.embedded.common import logprob_reference, random_prompts, run
 from tests.tiny import make_model, make_tokenizer
 
@@ -218,10 +227,10 @@ def test_the_policy_is_the_adapter_of_the_last_update_until_the_model_itself_is(
         assert_is_of(named, items[1], answers[1])
         assert answers[0].num_cached_tokens == 0 and answers[0].versions[0].version == seed
     assert all(torch.equal(tensor, before[name]) for name, tensor in core.model.state_dict().items())
-    other = make_model("qwen3", seed=5, initializer_range=0.15)
+    other = make_model("qwen3", seed=5, **SHAPE)
     update(core, NamedWeights(tensors=other.state_dict()))
     item = ask("base", None, PROMPT)
-    judge = make_model("qwen3", seed=5, attn_implementation="eager", initializer_range=0.15)
+    judge = make_model("qwen3", seed=5, attn_implementation="eager", **SHAPE)
     assert_is_of(judge, item, run(core, [item])[0])
 
 
