@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 PAD_ID = 0
+NUM_POSITIONS = 4096
 FIRST_WORD_ID = 1
 """Prompts are drawn from [FIRST_WORD_ID, vocab_size)."""
 
@@ -115,7 +116,7 @@ def build_model(
         num_key_value_heads=shape.num_kv_heads,
         vocab_size=shape.vocab_size,
         tie_word_embeddings=shape.tied,
-        max_position_embeddings=4096,
+        max_position_embeddings=NUM_POSITIONS,
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=PAD_ID,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.models import SHAPES, ModelShape, build_byte_tokenizer, build_model
+from benchmarks.models import NUM_POSITIONS, SHAPES, ModelShape, build_byte_tokenizer, build_model
 
 LOGIT_STD = 2.5
 LOOP = 16
@@ -77,13 +77,22 @@ def next_in_loop(token_id: int) -> int:
 
 
 def model_folder(
-    shape: ModelShape, folder: Path, *, device: str, dtype: torch.dtype, seed: int = 0, kind: str = "spread"
+    shape: ModelShape,
+    folder: Path,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    seed: int = 0,
+    kind: str = "spread",
+    num_positions: int = 0,
 ) -> Path:
-    """The folder of `spread_model` with a tokenizer, made once."""
-    path = folder / f"{kind}-{shape.name}-{str(dtype).removeprefix('torch.')}-{seed}"
+    """The folder of `spread_model` with a tokenizer, made once. `num_positions`: at least so many."""
+    longer = f"-{num_positions}" if num_positions > NUM_POSITIONS else ""
+    path = folder / f"{kind}-{shape.name}-{str(dtype).removeprefix('torch.')}-{seed}{longer}"
     if not (path / "complete").is_file():
         make = {"spread": spread_model, "looping": looping_model}[kind]
         model = make(shape, device=device, dtype=dtype, seed=seed)
+        model.config.max_position_embeddings = max(num_positions, NUM_POSITIONS)  # no weight depends on it
         model.save_pretrained(path)
         build_byte_tokenizer(shape.vocab_size).save_pretrained(path)
         _name_dtype(path / "config.json", dtype)
