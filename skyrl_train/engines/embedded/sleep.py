@@ -3,8 +3,8 @@
     kv_cache   the pool's memory, the host tier's and a drafter's; cached prefixes are forgotten, sessions keep their
                tokens
     weights    what the engine made of them for itself (packed copies, see packed_linear); the model's own tensors stay
-               where they are, for they are the trainer's, who needs them while the engine sleeps (the asynchronous loop,
-               where the engine has a copy, never lets it sleep)
+               where they are, for they are the trainer's, who needs them while the engine sleeps (in the asynchronous
+               loop the engine has a copy, and works all the time)
 
 Only a drained engine sleeps. Requests that come meanwhile wait, `resume` is refused, and weights that sleep take no
 update. To sleep twice is to sleep, and to wake what is awake does nothing; what woke up of a wake that failed is awake.
