@@ -161,6 +161,9 @@ class EmbeddedEngine:
             if streams:
                 self._streams[request.request_id] = caller
 
+        if isinstance(self._driver, ThreadDriver) and request.sampling.grammar is not None:
+            # Others are served while it is compiled.
+            await asyncio.to_thread(self.core.rules.prepare, request)
         try:
             await self._driver.call(add)
         except asyncio.CancelledError:

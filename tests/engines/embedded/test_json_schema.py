@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from skyrl_train.engines.embedded.rules.json_schema import unheld, with_lengths_as_patterns
+from skyrl_train.engines.embedded.rules.json_schema import unheld
 
 Schema = dict[str, Any]
 
@@ -68,19 +68,3 @@ def test_it_is_found_wherever_it_is(schema: Schema, place: str) -> None:
 )
 def test_what_can_be_held_is_let_through(schema: Schema) -> None:
     assert unheld(schema) is None
-
-
-def test_a_length_becomes_a_pattern_and_the_rest_stays() -> None:
-    schema = {
-        "type": "object",
-        "properties": {"a": {"type": "string", "minLength": 2}, "b": {"type": "string", "maxLength": 0}},
-    }
-    character = r'[^\x00-\x1f"\\\ud800-\udfff]'
-    assert with_lengths_as_patterns(schema) == {
-        "type": "object",
-        "properties": {
-            "a": {"type": "string", "pattern": f"^{character}{{2,}}$"},
-            "b": {"type": "string", "pattern": f"^{character}{{0,0}}$"},
-        },
-    }
-    assert schema["properties"] == {"a": {"type": "string", "minLength": 2}, "b": {"type": "string", "maxLength": 0}}

@@ -6,13 +6,14 @@ by the same requests without the others.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import Any
 
 import pytest
 
-from skyrl_train.engines.embedded import EmbeddedConfig
+from skyrl_train.engines.embedded import EmbeddedConfig, EmbeddedEngine
 from skyrl_train.engines.embedded.core import EngineCore
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import (
@@ -26,6 +27,7 @@ from skyrl_train.types import (
     WeightUpdate,
 )
 from tests.engines.embedded.common import logprob_reference, make_core, random_prompts, request, run
+from tests.engines.embedded.drafts.drafters import Knowing, source
 from tests.tiny import EOS_ID, make_model, make_tokenizer
 
 TOKENIZER = make_tokenizer()
@@ -132,6 +134,24 @@ def test_a_mixed_batch_leaves_the_others_as_they_are() -> None:
     assert [(a.token_ids, a.logprobs) for a in mixed[3:]] == [(a.token_ids, a.logprobs) for a in alone]
     for answer, grammar in zip(mixed[:3], GRAMMARS, strict=True):
         assert_follows(answer, grammar)
+
+
+def test_constrained_answers_get_no_drafts_and_the_others_do() -> None:
+    prompts = random_prompts(5, 9, 13, 4, seed=12)
+    requests = [
+        ask("held", prompts[0], GRAMMARS[1]),
+        ask("free", prompts[1], None, 40),
+        ask("json", prompts[2], GRAMMARS[0]),
+        ask("greedy", prompts[3], None, 40, temperature=0.0),
+    ]
+    settings: dict[str, Any] = {"json_whitespace": False, "kv_cache_tokens": 600, "max_num_batched_tokens": 48}
+    wanted = run(make_core(**settings), requests)
+    known = {item.request_id: answer.token_ids for item, answer in zip(requests, wanted, strict=True)}
+    core = make_core(drafts=source(Knowing(known, 5)), **settings)
+    assert [answer.token_ids for answer in run(core, requests)] == [answer.token_ids for answer in wanted]
+    assert core.speculation is not None
+    free = sum(len(known[name]) for name in ("free", "greedy"))
+    assert free / 2 < core.speculation.counts.committed <= free
 
 
 def test_truncation_and_penalties_choose_among_what_is_allowed() -> None:
@@ -300,6 +320,53 @@ def test_a_grammar_that_is_wrong_is_refused_with_what_is_wrong(kind: GrammarKind
         core.add(ask("r1", (1, 2), under(kind, text)))
     core.check_integrity()
     assert not core.has_work
+
+
+@pytest.mark.parametrize(
+    "part",
+    [{"maxLength": 300}, {"minLength": 3, "maxLength": 6}, {"pattern": "^[a-z]{150,300}$"}, {"pattern": "^.{1,4}$"}],
+)
+def test_strings_have_the_length_that_is_asked_for_and_no_control_characters(part: dict[str, Any]) -> None:
+    grammar = under("json_schema", {"type": "string", **part})
+    core = make_core(max_context_len=512, kv_cache_tokens=4096, max_num_seqs=8)
+    prompts = random_prompts(*range(3, 11), seed=13)
+    answers = run(core, [ask("r" * i, prompt, grammar, 500) for i, prompt in enumerate(prompts)])
+    ended = [answer for answer in answers if answer.finish_reason == "stop"]
+    assert len(ended) >= 4
+    for answer in ended:
+        text = json.loads(text_of(answer))
+        assert "\ufffd" in text or part.get("minLength", 0) <= len(text) <= part.get("maxLength", 300)
+        assert "pattern" not in part or "\ufffd" in text or re.fullmatch(part["pattern"], text)
+
+
+def test_a_grammar_is_compiled_once_and_old_ones_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    from skyrl_train.engines.embedded.rules import grammar as module
+
+    compiler = module.GrammarCompiler(TOKENIZER, 300, [EOS_ID])
+    first = compiler.prepare("r", GRAMMARS[0])
+    assert compiler.prepare("r", GRAMMARS[0]) is first
+    assert compiler.prepare("r", GRAMMARS[1]) is not first
+    assert compiler.num_cached_bytes > first.memory_size_bytes
+    monkeypatch.setattr(module, "CACHE_BYTES", first.memory_size_bytes)
+    assert compiler.prepare("r", GRAMMARS[0]) is first, "it was used last"
+    assert compiler.num_cached_bytes == first.memory_size_bytes
+    compiler.prepare("r", GRAMMARS[2])
+    assert compiler.prepare("r", GRAMMARS[0]) is not first
+
+
+@pytest.mark.parametrize("driver", ["inline", "thread"])
+async def test_over_asyncio_a_grammar_is_followed_and_a_wrong_one_refused(driver: Any) -> None:
+    config = EmbeddedConfig(max_num_seqs=4, kv_cache_tokens=256, max_context_len=128)
+    engine = EmbeddedEngine(make_model(num_hidden_layers=1), TOKENIZER, config=config, driver=driver)
+    good = [
+        engine.generate(ask(f"r{i}", prompt, GRAMMARS[1])) for i, prompt in enumerate(random_prompts(4, 5, seed=14))
+    ]
+    with pytest.raises(RequestRejected, match=r"bad: its grammar \(regex\) can't be used"):
+        await engine.generate(ask("bad", (1, 2), under("regex", "(")))
+    for answer in await asyncio.gather(*good):
+        assert_follows(answer, GRAMMARS[1])
+    engine.core.check_integrity()
+    await engine.close()
 
 
 def test_a_grammar_and_a_least_length_are_refused_together() -> None:

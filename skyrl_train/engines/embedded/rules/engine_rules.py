@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,10 +18,7 @@ from skyrl_train.types import GenerateRequest, Grammar
 
 
 class EngineRules:
-    """Grammars need a tokenizer, which says what a token's text is, and xgrammar.
-
-    The first grammar makes the compiler, which takes a second for a large vocabulary.
-    """
+    """Grammars need a tokenizer, which says what a token's text is, and xgrammar. The first one makes the compiler."""
 
     def __init__(
         self,
@@ -41,6 +39,7 @@ class EngineRules:
         self._any_whitespace = any_whitespace
         self._allow_processors = allow_processors
         self._compiler: GrammarCompiler | None = None
+        self._lock = threading.Lock()
 
     @property
     def capabilities(self) -> frozenset[Capability]:
@@ -72,7 +71,16 @@ class EngineRules:
                 )
         return rule
 
+    def prepare(self, request: GenerateRequest) -> None:
+        """Compile its grammar, in any thread: `start` finds it then. Raises as `start`, where that is seen already."""
+        grammar = request.sampling.grammar
+        if grammar is not None:
+            self._compiler_for(request).prepare(request.request_id, grammar)
+
     def _state(self, request: GenerateRequest, grammar: Grammar) -> GrammarState:
+        return self._compiler_for(request).start(request.request_id, grammar, request.sampling)
+
+    def _compiler_for(self, request: GenerateRequest) -> GrammarCompiler:
         rid = request.request_id
         if not self.capabilities:
             raise RequestRejected(f"request {rid}: engine {self._name} follows no grammars: {self._why_not()}")
@@ -81,11 +89,12 @@ class EngineRules:
                 f"request {rid}: a grammar says where its answer may end, so min_new_tokens="
                 f"{request.sampling.min_new_tokens} can't be kept; leave it out, or ask for length in the grammar"
             )
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(
-                self._tokenizer, self._vocab_size, self._end_token_ids, any_whitespace=self._any_whitespace
-            )
-        return self._compiler.start(rid, grammar, request.sampling)
+        with self._lock:
+            if self._compiler is None:
+                self._compiler = GrammarCompiler(
+                    self._tokenizer, self._vocab_size, self._end_token_ids, any_whitespace=self._any_whitespace
+                )
+        return self._compiler
 
     def _why_not(self) -> str:
         if self._backend == "none":

@@ -14,18 +14,24 @@ Shapes: n rows, V words, W = ceil(V / 32) words of 32 bits.
 from __future__ import annotations
 
 import json
+import os
+import re
+import threading
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from skyrl_train.engines.embedded.rules.json_schema import unheld, with_lengths_as_patterns
+from skyrl_train.engines.embedded.rules.json_schema import unheld
 from skyrl_train.errors import RequestRejected
 from skyrl_train.types import Grammar, SamplingParams
 
 CACHE_BYTES = 256 * 2**20
 """Of compiled grammars; the least recently used are forgotten."""
+_CONTROL = re.compile(rb"[\x00-\x09\x0b\x0c\x0e-\x1f]")
+"""All but the two ends of a line, which are white space between JSON's tokens and never in its strings."""
 
 
 def is_installed() -> bool:
@@ -60,9 +66,9 @@ class GrammarState:
 
 
 class GrammarCompiler:
-    """Of one engine: its tokenizer, logits of width `vocab_size`, its end tokens.
+    """Of one engine: its tokenizer, logits of width `vocab_size`, its end tokens. `prepare` may run in any thread.
 
-    `any_whitespace`: JSON may have white space wherever JSON allows it; else it is compact, as json.dumps writes it.
+    `any_whitespace`: JSON may have white space between its tokens; else it is compact, as json.dumps writes it.
     """
 
     def __init__(
@@ -71,41 +77,51 @@ class GrammarCompiler:
         import xgrammar
 
         self.vocab_size = vocab_size
+        self._library = xgrammar
         self._end_token_ids = [token for token in end_token_ids if token < vocab_size]
         self._any_whitespace = any_whitespace
-        found = xgrammar.TokenizerInfo.from_huggingface(
+        self._special = special_ids(tokenizer)
+        self._vocabulary = xgrammar.TokenizerInfo.from_huggingface(
             tokenizer, vocab_size=vocab_size, stop_token_ids=self._end_token_ids
         )
-        self._special = special_ids(tokenizer)
-        # xgrammar takes a token without text for a special one, and "<|im_start|>" for text.
-        words = [b"" if token in self._special else word for token, word in enumerate(found.decoded_vocab)]
-        info = xgrammar.TokenizerInfo(
-            words,
-            vocab_type=xgrammar.VocabType.RAW,
-            vocab_size=vocab_size,
-            stop_token_ids=self._end_token_ids,
-            add_prefix_space=found.add_prefix_space,
-        )
-        num_threads = torch.get_num_threads()
-        self._library = xgrammar
-        self._compiler = xgrammar.GrammarCompiler(info, max_threads=num_threads, cache_limit_bytes=CACHE_BYTES)
-        self._batch = xgrammar.BatchGrammarMatcher(max_threads=num_threads)
+        self._compilers: dict[bool, Any] = {}
+        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._lock = threading.Lock()
+        self._batch = xgrammar.BatchGrammarMatcher(max_threads=torch.get_num_threads())
         self.everything: torch.Tensor = xgrammar.allocate_token_bitmask(1, vocab_size)[0]
 
+    def prepare(self, request_id: str, grammar: Grammar) -> Any:
+        """Compile it, unless it is there already. Raises RequestRejected, saying what is wrong with the grammar.
+
+        The first one of a kind takes a second or so with a large vocabulary; a long `maxLength` takes several.
+        """
+        with self._lock:
+            found = self._compiled.pop(grammar, None)
+            if found is None:
+                try:
+                    found = self._compile(request_id, grammar)
+                # xgrammar raises RuntimeError and subclasses of it; json raises ValueError.
+                except (RuntimeError, ValueError) as exc:
+                    raise RequestRejected(
+                        f"request {request_id}: its grammar ({grammar.kind}) can't be used: {_said(exc)}"
+                    ) from exc
+            self._compiled[grammar] = found
+            while len(self._compiled) > 1 and self.num_cached_bytes > CACHE_BYTES:
+                self._compiled.popitem(last=False)
+        return found
+
+    @property
+    def num_cached_bytes(self) -> int:
+        return sum(compiled.memory_size_bytes for compiled in self._compiled.values())
+
     def start(self, request_id: str, grammar: Grammar, sampling: SamplingParams) -> GrammarState:
-        """The state before the first token. Raises RequestRejected, saying what is wrong with the grammar."""
+        """The state before the first token. Raises as `prepare`."""
         ends = dict.fromkeys([*self._end_token_ids, *(i for i in sampling.stop_token_ids if i in self._special)])
-        try:
-            matcher = self._library.GrammarMatcher(
-                self._compiled(request_id, grammar),
-                override_stop_tokens=list(ends),
-                terminate_without_stop_token=not ends,
-            )
-        # xgrammar raises RuntimeError, its own subclasses of it, and ValueError for JSON that is none.
-        except (RuntimeError, ValueError) as exc:
-            raise RequestRejected(
-                f"request {request_id}: its grammar ({grammar.kind}) can't be used: {_said(exc)}"
-            ) from exc
+        matcher = self._library.GrammarMatcher(
+            self.prepare(request_id, grammar),
+            override_stop_tokens=list(ends),
+            terminate_without_stop_token=not ends,
+        )
         return GrammarState(self, matcher)
 
     def fill(self, states: Sequence[GrammarState]) -> None:
@@ -126,21 +142,42 @@ class GrammarCompiler:
         masks[rows] = torch.stack([state.mask for state in states.values()])
         self._library.apply_token_bitmask_inplace(logits, masks, vocab_size=self.vocab_size, indices=rows)
 
-    def _compiled(self, request_id: str, grammar: Grammar) -> Any:
-        """From the compiler's cache, if it is there."""
+    def _compile(self, request_id: str, grammar: Grammar) -> Any:
+        compiler = self._compiler_of(is_json=grammar.kind == "json_schema")
         if grammar.kind == "regex":
-            return self._compiler.compile_regex(grammar.text)
+            return compiler.compile_regex(grammar.text)
         if grammar.kind == "ebnf":
-            return self._compiler.compile_grammar(grammar.text)
-        # What is no JSON raises ValueError, with the place.
-        schema = json.loads(grammar.text)
-        if what := unheld(schema):
+            return compiler.compile_grammar(grammar.text)
+        if what := unheld(json.loads(grammar.text)):
             raise RequestRejected(
                 f"request {request_id}: its JSON schema has {what}, which an answer can't be held to; write the schema "
                 "without it, and check the answer"
             )
-        text = json.dumps(with_lengths_as_patterns(schema))
-        return self._compiler.compile_json_schema(text, any_whitespace=self._any_whitespace)
+        return compiler.compile_json_schema(grammar.text, any_whitespace=self._any_whitespace)
+
+    def _compiler_of(self, *, is_json: bool) -> Any:
+        """xgrammar takes a token without text for a special one, and "<|im_start|>" for text.
+
+        Under a schema, tokens with control characters have no text either: no JSON has them in a string, and xgrammar's
+        rule for strings of a given length lets them through.
+        """
+        if is_json not in self._compilers:
+            words = [
+                b"" if token in self._special or (is_json and _CONTROL.search(word)) else word
+                for token, word in enumerate(self._vocabulary.decoded_vocab)
+            ]
+            info = self._library.TokenizerInfo(
+                words,
+                vocab_type=self._library.VocabType.RAW,
+                vocab_size=self.vocab_size,
+                stop_token_ids=self._end_token_ids,
+                add_prefix_space=self._vocabulary.add_prefix_space,
+            )
+            # Its own cache of parts of grammars breaks on long repetitions in a pattern (0.2.8).
+            self._compilers[is_json] = self._library.GrammarCompiler(
+                info, max_threads=min(os.cpu_count() or 1, 8), cache_enabled=False
+            )
+        return self._compilers[is_json]
 
 
 def fill_masks(states: Sequence[GrammarState]) -> None:

@@ -1,12 +1,10 @@
 """JSON schemas as xgrammar can hold an answer to them; what it would take and ignore is refused (0.2.8).
 
-A text's length is written as a pattern: xgrammar's own rule for lengths lets control characters through, which no JSON
-has. `oneOf` is held as `anyOf` where two of its schemas may both fit. Properties that no schema names are not written.
+`oneOf` is held as `anyOf` where two of its schemas may both fit. Properties that no schema names are not written.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -40,7 +38,6 @@ _FORMATS = (
 )
 _UNWRITABLE = re.compile(r'["\x00-\x1f]|\\[\\nrtfv0xuc]')
 """In a pattern: what JSON writes with a backslash."""
-_CHARACTER = r'[^\x00-\x1f"\\\ud800-\udfff]'
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
 _LISTED = ("prefixItems", "anyOf", "oneOf", "allOf")
 _SINGLE = ("items", "additionalProperties", "unevaluatedProperties", "unevaluatedItems", "propertyNames", "contains")
@@ -52,17 +49,6 @@ def unheld(schema: Any) -> str | None:
         if what := next(_unheld(part, is_name=place.endswith("/propertyNames")), None):
             return f"{what} ({place})"
     return None
-
-
-def with_lengths_as_patterns(schema: Any) -> Any:
-    """The same schema in other words."""
-    result = json.loads(json.dumps(schema))
-    for _, part in _parts(result, "#"):
-        lengths = [part.pop(key, None) for key in ("minLength", "maxLength")]
-        if lengths != [None, None]:
-            least, most = lengths[0] or 0, "" if lengths[1] is None else lengths[1]
-            part["pattern"] = f"^{_CHARACTER}{{{least},{most}}}$"
-    return result
 
 
 def _parts(schema: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
