@@ -67,7 +67,8 @@ def _source(
         return standalone_source(draft, model, max_guesses=guesses, attention_backend=attention, packs_weights=packs)
     settings = eagle_settings(keys.num_steps, keys.eagle_topk, keys.num_draft_tokens)
     if head is not None:
-        return eagle_source(model, head, settings, attention_backend=attention, packs_weights=packs)
+        source = eagle_source(model, head, settings, attention_backend=attention, packs_weights=packs)
+        return replace(source, follows_model=True)
     return load_eagle(
         model,
         keys.draft_model_path,

@@ -70,6 +70,8 @@ def test_the_head_learns_and_the_policy_does_not_notice(folders: Path, tmp_path:
     steps = [row for row in taught if row["step"] > 0]
     assert steps[-1]["eagle3/loss"] < steps[0]["eagle3/loss"]
     assert not any("eagle3/loss" in row for row in still)
+    assert [row["engine/draft_updates_behind"] for row in steps] == [0] * 4
+    assert still[-1]["engine/draft_updates_behind"] > 0 and still[-1]["engine/accept_len"] > 1
 
 
 def test_a_head_that_is_trained_resumes_with_the_run(folders: Path, tmp_path: Path) -> None:
