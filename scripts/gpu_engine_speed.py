@@ -4,18 +4,18 @@
     python scripts/gpu_engine_speed.py --out DIR --parts tests,steps
     python scripts/gpu_engine_speed.py --out DIR --device cpu      # a rehearsal, here, on a tiny shape
 
-Parts, in this order, each a process of its own under a limit; one that fails or is stopped costs the others nothing, and
-what it had measured by then is kept:
+Parts, in this order, each a process of its own under a limit; one that fails or is stopped costs the others nothing,
+and what it had measured by then is kept:
 
     tests      the kernels and both kinds of engine on the GPU, right before fast
     steps      a decode step: plain, fused, the physical limit, and its kernels one by one
-    rollouts   whole rollouts, prefill included: 1 to 1024 requests, long answers, groups with and without sharing, rules
+    rollouts   whole rollouts, prefill included: 1 to 1024 requests, long answers, groups of one prompt, sampling rules
     compiled   the same step with transformers' module under torch.compile
     sglang     SGLang on the same works in the same call, where `--archive` or `--engine-site` brings it
     7b         256 requests of the 7B shape, plain and fused
 
-`--archive`, `--engine-site` and `--wheels` are those of gpu_engines.py. DIR gets session.log, tables.md, results.tar.gz.
-For a machine that gives back few files: all tables are in tables.md, all rows as JSON in the archive.
+`--archive`, `--engine-site` and `--wheels` are those of gpu_engines.py. DIR gets session.log, tables.md and
+results.tar.gz, which has all rows as JSON too.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ PARTS = (
     ),
     Part(
         name="7b",
-        command=f"benchmarks.gpu_engine.rollouts {COMMON} --shape 7b --cases 256x128x256 --ruled none --name rollouts-7b "
+        command=f"benchmarks.gpu_engine.rollouts {COMMON} --shape 7b --cases 256x128x256 --ruled none --name 7b "
         "--repetitions 2",
         max_s=100,
         rehearsed=False,

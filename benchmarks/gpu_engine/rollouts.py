@@ -3,9 +3,9 @@
     python -m benchmarks.gpu_engine.rollouts --out DIR
 
 Works are COUNTxPROMPTxNEW; 32*8x128x256 are 32 prompts with 8 samples each. Sampled at temperature 1 with the
-log-probability of each token; no token ends an answer. Before each run the prefix cache is emptied. The first run of each
-engine, which captures graphs, is not counted. A few answers of each go through transformers' own attention: an engine
-whose log-probabilities are off by more than bfloat16 explains is marked as wrong.
+log-probability of each token; no token ends an answer. Before each run the prefix cache is emptied. The first run of
+each engine, which captures graphs, is not counted. A few answers of each go through transformers' own attention: an
+engine whose log-probabilities are off by more than bfloat16 explains is marked as wrong.
 """
 
 from __future__ import annotations

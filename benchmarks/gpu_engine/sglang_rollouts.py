@@ -3,8 +3,8 @@
     PYTHON sglang_rollouts.py SPEC.json RESULT.json
 
 SPEC.json: `engine`, the keywords of sgl.Engine; `works`, each with a name, prompts and how many new tokens each gets;
-`repetitions`; `seconds`, after which no further work is begun. RESULT.json has the seconds of each work, and is written after
-each one. The prefix cache is emptied before each run.
+`repetitions`; `seconds`, after which no further work is begun. RESULT.json has the seconds of each work, and is
+written after each one. The prefix cache is emptied before each run.
 """
 
 from __future__ import annotations

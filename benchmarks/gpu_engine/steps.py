@@ -1,9 +1,9 @@
-"""One decode step: milliseconds on the device and as the engine makes it, by kernels and batch, beside the limit; a profile.
+"""One decode step: milliseconds on the device and in the engine, by kernels and batch, beside the limit; a profile.
 
     python -m benchmarks.gpu_engine.steps --out DIR
     python -m benchmarks.gpu_engine.steps --kernels compiled --cases 256x256 --out DIR
 
-A case is BATCHxCONTEXT: so many requests whose context has so many tokens; half way of a rollout of (128, 256) it is 256.
+A case is BATCHxCONTEXT: requests with a context of so many tokens; half way of a rollout of (128, 256) it is 256.
 "device": replays of the captured step, one after the other. "engine": steps of the engine, planning, upload, the
 tokens' way to the host and their bookkeeping included. The limit is the weights and all requests' keys and values, read
 once, over the rate of a copy of that size.

@@ -31,7 +31,7 @@ KERNELS = ("plain", "fused")
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """`count` requests of `prompt` and `new` tokens; `group` of them share a prompt. Written 256x128x256 or 32*8x128x256."""
+    """`count` requests of `prompt` and `new` tokens, `group` on one prompt: written 256x128x256 or 32*8x128x256."""
 
     count: int
     prompt: int
