@@ -46,7 +46,7 @@ async def test_it_is_an_engine(engine: EmbeddedEngine) -> None:
     as_engine: Engine = engine
     assert as_engine.info.max_context_len == 128
     assert as_engine.info.logprob_space == "temperature"
-    assert "sleep" not in as_engine.info.capabilities
+    assert "lora" not in as_engine.info.capabilities
     assert (await as_engine.stats()).num_running == 0
 
 
@@ -232,8 +232,6 @@ async def test_what_the_engine_cannot_do_is_refused_by_type(engine: EmbeddedEngi
     for call in (
         engine.open_session(0),
         engine.clear_session("s"),
-        engine.sleep(["weights"]),
-        engine.wake(["weights"]),
     ):
         with pytest.raises(RequestRejected):
             await call
