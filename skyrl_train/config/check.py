@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from skyrl_train.config.check_deterministic import DETERMINISTIC_RULES
+from skyrl_train.config.check_drafts import DRAFT_RULES
 from skyrl_train.config.check_engine import ENGINE_RULES
 from skyrl_train.config.check_lora import LORA_RULES
 from skyrl_train.config.check_policy import POLICY_RULES
@@ -145,5 +146,6 @@ RULES: tuple[Rule, ...] = (
     *SCHEDULING_RULES,
     *SESSION_RULES,
     *SPECULATION_RULES,
+    *DRAFT_RULES,
     *DETERMINISTIC_RULES,
 )

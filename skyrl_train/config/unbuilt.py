@@ -111,16 +111,40 @@ UNBUILT: tuple[Unbuilt, ...] = (
     ),
     # The embedded engine
     Unbuilt(
-        prefix="generator.speculative_decoding",
-        feature="speculation in the embedded engine",
-        instead="leave it out",
+        prefix="generator.speculative_decoding.algorithm",
+        feature="measuring where drafts lose on a server",
+        instead="ngram, standalone, eagle or eagle3",
+        values=_one_of("auto"),
+        backends=("sglang", "vllm"),
+    ),
+    *(
+        Unbuilt(
+            prefix=f"generator.speculative_decoding.{key}",
+            feature="a server's own way of drafting in the embedded engine",
+            instead="leave it out",
+            backends=("embedded",),
+        )
+        for key in (
+            *("draft_model_revision", "draft_load_format", "draft_attention_backend", "draft_model_quantization"),
+            *("use_rejection_sampling", "adaptive", "adaptive_config", "draft_window_size", "attention_mode"),
+            *("ngram.min_bfs_breadth", "ngram.external_corpus_path", "ngram.external_sam_budget"),
+            *("ngram.external_corpus_max_tokens", "ngram.min_match_window_size", "ngram.max_match_window_size"),
+            "ngram.branch_length",
+        )
+    ),
+    Unbuilt(
+        prefix="generator.speculative_decoding.ngram.max_bfs_breadth",
+        feature="trees of n-grams in the embedded engine",
+        instead="1",
+        values=_more_than(1),
         backends=("embedded",),
     ),
     Unbuilt(
-        prefix="generator.speculative_decoding.algorithm",
-        feature="choosing an algorithm by measuring",
-        instead="ngram, standalone, eagle or eagle3",
-        values=_one_of("auto"),
+        prefix="generator.speculative_decoding.ngram.match_type",
+        feature="the most frequent continuation in the embedded engine",
+        instead="BFS, the most recent one",
+        values=_one_of("PROB"),
+        backends=("embedded",),
     ),
     *(
         Unbuilt(
