@@ -21,6 +21,7 @@ from skyrl_train.errors import ConfigError
 from skyrl_train.types import Completion, GenerateRequest, LocalWeights, SessionRef, WeightUpdate
 from tests.engines.embedded.common import make_core, random_prompts, request, run
 from tests.engines.embedded.drafts.drafters import Knowing, RandomTrees, source
+from tests.engines.embedded.test_partial import first_tokens
 from tests.tiny import make_model
 
 MODEL = make_model("qwen3", head_dim=32, vocab_size=2100)
@@ -146,6 +147,33 @@ def test_a_request_that_weights_were_updated_under_goes_on_to_the_same_bits() ->
             core.resume()
         done += core.step() if core.has_work else []
     assert bits(done[0].completion) == alone(MODEL, item)
+
+
+def test_an_answer_that_was_begun_elsewhere_goes_on_to_the_same_bits() -> None:
+    item = request("a", range(30), 20, temperature=1.0, seed=3, ignore_eos=True)
+    (whole,) = run(roomy(MODEL), [item])
+    for count in (1, 13):
+        begun = replace(item, partial=first_tokens(whole, count))
+        assert bits(run(roomy(MODEL, max_num_batched_tokens=7), [begun])[0]) == bits(whole)
+
+
+def test_keys_that_were_in_host_memory_and_an_engine_that_slept() -> None:
+    """Copies of keys are the keys; packed copies of the weights are made again."""
+    prompts = random_prompts(100, 70, 5)
+    requests = [
+        request(str(i), prompt, 12, temperature=1.0, seed=i, ignore_eos=True) for i, prompt in enumerate(prompts)
+    ]
+    expected = [alone(MODEL, item) for item in requests]
+    core = roomy(MODEL, host_cache_ratio=2.0, kv_cache_tokens=300, pack_weights=True)
+    assert [bits(answer) for answer in run(core, requests)] == expected
+    core.scheduler.cache.evict(core.scheduler.cache.num_evictable)
+    assert [bits(answer) for answer in run(core, requests)] == expected
+    assert core.stats().num_host_cached_tokens_total > 0
+    core.pause("keep")
+    core.sleep(("kv_cache",))
+    core.rest.end(("kv_cache",))
+    core.resume()
+    assert [bits(answer) for answer in run(core, requests)] == expected
 
 
 DRAFTS: dict[str, Callable[[dict[str, tuple[int, ...]]], DraftSource]] = {
