@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,3 +138,53 @@ def test_a_token_map_narrows_what_eagle_guesses(model: PreTrainedModel, tmp_path
         eagle_source(model, make_head(model, "eagle"), CHAIN, words=torch.tensor([1, 300]))
     with pytest.raises(ConfigError, match="can't read token ids"):
         load_token_map(tmp_path / "nowhere.pt")
+
+
+@pytest.mark.parametrize("settings", [CHAIN, TREE], ids=["chain", "tree"])
+def test_a_cached_prefix_is_drafted_from_as_well_as_a_computed_one(settings: EagleSettings) -> None:
+    """Siblings, a second turn, a prompt cut short: the same guesses are right with a cache and without."""
+    policy = make_model("qwen3", seed=5, num_hidden_layers=2)
+    head = fresh_eagle3(policy, seed=1)
+    (prompt,) = random_prompts(30, seed=4)
+    found = []
+    for caching in (True, False):
+        core = make_core(
+            policy,
+            drafts=eagle_source(policy, head, settings),
+            enable_prefix_caching=caching,
+            max_num_batched_tokens=256,
+            kv_cache_tokens=1024,
+        )
+        first = run(core, [request(str(i), prompt, 20, temperature=1.0, seed=i) for i in range(3)])
+        turns = [(*prompt, *item.token_ids, 7, 8, 9) for item in first]
+        second = run(core, [request(f"{i} again", turn, 20, temperature=0.5, seed=i) for i, turn in enumerate(turns)])
+        third = run(core, [request("short", prompt[:11], 20)])
+        assert core.speculation is not None
+        found.append(([*first, *second, *third], core.speculation.counts))
+        assert (core.scheduler.num_cached_tokens_total > 0) == caching
+    (with_cache, counts), (without, plain_counts) = found
+    assert [item.token_ids for item in with_cache] == [item.token_ids for item in without]
+    assert counts == plain_counts and counts.committed > counts.verifications
+
+
+@pytest.mark.parametrize("settings", [CHAIN, TREE], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "options", [{"deterministic": True}, {"pack_weights": False}, {"attention_backend": "reference"}]
+)
+def test_answers_hold_in_every_kind_of_engine(settings: EagleSettings, options: dict[str, Any]) -> None:
+    policy = make_model("qwen3", seed=5, num_hidden_layers=2)
+    requests = random_requests(7, 5)
+    wanted = run(make_core(policy, **options), requests)
+    core = make_core(policy, drafts=eagle_source(policy, fresh_eagle3(policy, seed=1), settings), **options)
+    for found, right in zip(run(core, requests), wanted, strict=True):
+        assert_same(found, right)
+
+
+def test_a_bfloat16_model_has_a_bfloat16_head() -> None:
+    policy = make_model("qwen3", seed=5, num_hidden_layers=2).to(torch.bfloat16)
+    head = fresh_eagle3(policy, seed=1)
+    core = make_core(policy, drafts=eagle_source(policy, head, CHAIN))
+    requests = [request(str(i), prompt, 20) for i, prompt in enumerate(random_prompts(5, 9, 14))]
+    assert all(len(item.token_ids) == 20 or item.finish_reason == "stop" for item in run(core, requests))
+    assert core.speculation is not None and core.speculation.counts.verifications > 0
+    assert core.speculation.counts.accept_len > 1

@@ -224,7 +224,7 @@ class EagleDrafter:
         if seats.sampling.truncates[chosen].any():
             logits = truncated(logits, seats.sampling, chosen)
         words, _ = self._pick(logits, logits, seats.sampling.temperature[chosen], guessing.uniforms(index))
-        return words
+        return np.clip(words, 0, logits.shape[1] - 1)  # logits that are not finite have no place: any guess will do
 
     def _chances(self, guessing: _Guessing, index: int, logits: torch.Tensor) -> torch.Tensor:
         """[n, ..., W]: how likely each word is the model's at guess number `index`."""
