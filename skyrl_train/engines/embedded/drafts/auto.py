@@ -11,49 +11,55 @@ to the bit stays so, however the clock ran.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from dataclasses import dataclass, field
 
 BLOCK = 4
 """Steps that are measured together."""
 FIRST_BLOCKS = 2
 """Of each way, before anything is decided."""
-NEWEST = 0.3
-"""Weight of a new block in the average."""
+NEWEST = 0.15
+"""Weight of a new block in the averages."""
+NUM_RECENT = 15
 OUTLIER = 3.0
-"""A block that took so many times the average counts as this: the machine was busy elsewhere."""
+"""A step that took so many times the median of the recent ones counts as that: the machine was busy elsewhere."""
 MARGIN = 0.05
 WAIT = 256
 LONGEST_WAIT = 8192
 """Steps until the other way is looked at again; twice as many each time that guessing has lost."""
 
 
-@dataclass
 class Cost:
-    """Of one way at one size: an average of seconds for a token."""
+    """Of one way at one size: seconds and tokens of a block, averaged, and their ratio."""
 
-    per_token: float = 0.0
-    newest: float = 0.0
-    """Of the last full block."""
-    num_blocks: int = 0
-    seconds: float = 0.0
-    tokens: int = 0
-    steps: int = 0
+    def __init__(self) -> None:
+        self.num_blocks = 0
+        self.newest = 0.0
+        """Seconds for a token in the last full block."""
+        self._seconds = self._tokens = 0.0
+        self._recent: deque[float] = deque(maxlen=NUM_RECENT)
+        self._block: list[tuple[float, int]] = []
+
+    @property
+    def per_token(self) -> float:
+        return self._seconds / self._tokens
 
     def add(self, seconds: float, tokens: int) -> bool:
         """One step; whether a block is full."""
-        self.seconds += seconds
-        self.tokens += tokens
-        self.steps += 1
-        if self.steps < BLOCK or not self.tokens:
+        self._recent.append(seconds)
+        self._block.append((min(seconds, OUTLIER * statistics.median(self._recent)), tokens))
+        if len(self._block) < BLOCK:
             return False
-        self.newest = found = self.seconds / self.tokens
-        if self.num_blocks:
-            self.per_token += NEWEST * (min(found, OUTLIER * self.per_token) - self.per_token)
-        else:
-            self.per_token = found
+        took, brought = (float(sum(part)) for part in zip(*self._block, strict=True))
+        self._block.clear()
+        if not brought:
+            return False
+        self.newest = took / brought
+        weight = NEWEST if self.num_blocks else 1.0
+        self._seconds += weight * (took - self._seconds)
+        self._tokens += weight * (brought - self._tokens)
         self.num_blocks += 1
-        self.seconds, self.tokens, self.steps = 0.0, 0, 0
         return True
 
 

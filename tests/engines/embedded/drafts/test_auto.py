@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -60,11 +61,12 @@ def test_it_comes_back_when_guesses_have_become_good() -> None:
     assert all(ways[-BLOCK:])
 
 
-def test_one_slow_block_does_not_switch() -> None:
-    auto = Auto()
-    live(auto, 100, guessing=0.4)
-    live(auto, BLOCK, guessing=50.0)
-    assert auto.guesses(1)
+def test_a_machine_that_is_busy_now_and_then_does_not_switch() -> None:
+    auto, random = Auto(), Random(0)
+    for _ in range(3000):
+        slow = 40.0 if random.random() < 0.1 else 1.0
+        live(auto, 1, plain=slow, guessing=0.8 * slow)
+    assert auto.sizes[0].pays
 
 
 def test_the_engine_stops_guessing_and_answers_stay_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
