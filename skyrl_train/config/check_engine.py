@@ -15,6 +15,7 @@ EMBEDDED_KWARGS = (
     "cuda_kernels",
     "extra_eos_token_ids",
     "kv_cache_tokens",
+    "pack_weights",
     "sleeps_in_training",
 )
 DETERMINISTIC_KERNELS = ("ascend", "fa3", "fa4", "flashinfer", "intel_xpu", "triton")
@@ -39,6 +40,14 @@ def embedded(checked: Checked) -> Iterator[Finding]:
         yield error(
             f"{checked.show('generator.gpu_memory_utilization')}: the embedded engine shares memory with the trainer, "
             "and this is the fraction of what is free that its KV cache takes; set less than 1"
+        )
+    if (
+        generator.engine_init_kwargs.get("cuda_kernels") == "fused"
+        and not config.trainer.placement.policy_num_gpus_per_node
+    ):
+        yield error(
+            "generator.engine_init_kwargs.cuda_kernels=fused wants a GPU, and "
+            f"{checked.show('trainer.placement.policy_num_gpus_per_node')}; leave it out"
         )
     for name in generator.engine_init_kwargs:
         if name not in EMBEDDED_KWARGS:

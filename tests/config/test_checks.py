@@ -324,6 +324,11 @@ def test_the_embedded_engine_leaves_memory_to_the_trainer() -> None:
     assert "set less than 1" in refused("generator.gpu_memory_utilization=1.0")
 
 
+def test_fused_kernels_want_a_gpu() -> None:
+    assert "cuda_kernels=fused wants a GPU" in refused("generator.engine_init_kwargs.cuda_kernels=fused")
+    load_config(["generator.engine_init_kwargs.cuda_kernels=plain"])
+
+
 def test_the_embedded_engines_kwargs_are_known() -> None:
     load_config(["generator.engine_init_kwargs.kv_cache_tokens=4096"])
     assert "the embedded engine takes" in refused("generator.engine_init_kwargs.kv_tokens=4096")
@@ -396,5 +401,12 @@ def test_the_embedded_engines_kwargs_are_those_that_have_no_key() -> None:
         "host_cache_gb",
         "host_cache_ratio",
         "seed",
+        "grammar_backend",
+        "json_whitespace",
+        "logit_processors",
+        "low_priority_values_first",
+        "preemption_threshold",
+        "scheduling_policy",
+        "lora",
     }
     assert {field.name for field in fields(EmbeddedConfig)} - with_keys == set(EMBEDDED_KWARGS)
