@@ -192,7 +192,9 @@ def trained_model(texts: Sequence[bytes], args: argparse.Namespace, report: Repo
     )
     config._attn_implementation = ATTENTION_NAME
     model = Qwen2ForCausalLM(config)
-    settings = OptimizerSettings(lr=2e-3, scheduler="cosine", num_warmup_steps=10, num_steps=args.steps + 1)
+    settings = OptimizerSettings(
+        lr=2e-3, scheduler="cosine", num_warmup_steps=min(10, args.steps // 2), num_steps=args.steps + 1
+    )
     optimizer = MasterAdamW(list(model.parameters()), settings)
     for step in range(args.steps):
         ids = torch.tensor(beginnings(texts, ROWS, TRAINED_LEN, seed=1000 + step))
@@ -216,7 +218,9 @@ def trained_head(
     model: PreTrainedModel, texts: Sequence[bytes], args: argparse.Namespace, report: Report
 ) -> Eagle3Head:
     head = fresh_eagle3(model, seed=0)
-    settings = OptimizerSettings(lr=2e-3, scheduler="cosine", num_warmup_steps=5, num_steps=args.head_steps + 1)
+    settings = OptimizerSettings(
+        lr=2e-3, scheduler="cosine", num_warmup_steps=min(5, args.head_steps // 2), num_steps=args.head_steps + 1
+    )
     trainer = Eagle3Trainer(model, head, Eagle3Settings(optimizer=settings, num_unrolled=3))
     config = EmbeddedConfig(max_num_seqs=ROWS, kv_cache_tokens=ROWS * 256, max_context_len=256)
     core = EngineCore(model, None, config=config)
