@@ -7,6 +7,7 @@ meanwhile. Here, on the CPU, nothing is gained by that, and the tokens are there
 from __future__ import annotations
 
 import ctypes
+import os
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -78,6 +79,8 @@ def make_runner(
     """The runner for the model's device; the plain one everywhere when the reference attention is asked for."""
     device = next(model.original.parameters()).device
     if config.cuda_kernels == "fused":
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(f"embedded engine: cuda_kernels 'fused' wants a model on a GPU, found one on {device}")
         from skyrl_train.engines.embedded.fused_runner import make_fused_runner
 
         return make_fused_runner(model, pool, seats)

@@ -30,6 +30,9 @@ def test_the_context_is_the_models_unless_it_is_shorter() -> None:
     ("config", "message"),
     [
         ({"max_num_seqs": 0}, "max_num_seqs must be at least 1"),
+        ({"cuda_kernels": "fast"}, "cuda_kernels is plain or fused, found 'fast'"),
+        ({"cuda_kernels": "fused", "deterministic": True}, "does not go with deterministic"),
+        ({"cuda_kernels": "fused", "attention_backend": "reference"}, "does not go with attention_backend"),
         ({"max_num_seqs": 64, "max_num_batched_tokens": 63}, "can't hold one row for each"),
         ({"kv_cache_frac": 1.5}, r"kv_cache_frac must be in \(0, 1\)"),
         ({"max_context_len": 4096}, "max_context_len 4096 is over the model's 2048 positions"),
@@ -135,3 +138,9 @@ def test_bfloat16_runs_on_the_kernels_and_float16_on_the_reference() -> None:
     for each in (core, slow):
         (answer,) = run(each, [request("a", (1, 2, 3), 6)])
         assert len(answer.token_ids) == 6
+
+
+def test_fused_kernels_are_refused_off_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="wants a model on a GPU, found one on cpu"):
+        make_core(cuda_kernels="fused")
