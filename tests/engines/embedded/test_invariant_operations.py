@@ -246,6 +246,20 @@ def test_a_model_with_an_unknown_part_is_refused_by_the_parts_name(kind: Callabl
         InvariantModel(model)
 
 
+def test_a_model_whose_layers_look_at_their_batch_is_refused() -> None:
+    model = make_model("qwen2")
+    mlp = model.model.layers[1].mlp
+
+    class Sociable(type(mlp)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = super().forward(x)
+            return out + 1e-3 * x.mean(1, keepdim=True)
+
+    mlp.__class__ = Sociable
+    with pytest.raises(ConfigError, match="was tried and failed: what Qwen2ForCausalLM computes"):
+        InvariantModel(model)
+
+
 def test_other_types_of_weights_are_refused() -> None:
     with pytest.raises(ConfigError, match="built for float32 weights on the CPU"):
         InvariantModel(make_model("qwen2").to(torch.bfloat16))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from skyrl_train.attention import ATTENTION_NAME
 from skyrl_train.engines.embedded.fused import Rotary
 from skyrl_train.engines.embedded.invariant import operations
 from skyrl_train.engines.embedded.invariant.kernels import invariant_kernels
@@ -26,6 +27,9 @@ from skyrl_train.errors import ConfigError
 TOLERANCE = 2e-6
 ANGLES_TOGETHER = 64
 """Positions whose angles are computed in one call: always this shape, so always the same bits."""
+
+NUM_TRIED = 14
+"""Tokens: more than a tile of the linear maps has rows."""
 
 HARMLESS = (nn.Embedding, nn.Dropout, nn.Identity)
 
@@ -48,7 +52,9 @@ class InvariantModel(InferenceModel):
                 "deterministic inference is built for float32 weights on the CPU, found "
                 f"{', '.join(other)}; set trainer.policy.model.dtype=float32 and train on the CPU, or leave it out"
             )
-        return _InvariantBuilder(original, self.packing).twin(original)
+        twin = _InvariantBuilder(original, self.packing).twin(original)
+        _try(twin)
+        return twin
 
 
 class InvariantPacking(Packing):
@@ -134,6 +140,50 @@ class InvariantGELU(nn.Module):
         return operations.gelu_tanh(x)
 
     __call__ = forward
+
+
+class _EachAlone:
+    """Attention of sequences of one token each: the value of its head."""
+
+    def attend(
+        self,
+        layer_idx: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+
+
+@torch.inference_mode()
+def _try(twin: Any) -> None:
+    """What stands between the parts is seen by nobody: some tokens together must give the bits that each gives alone.
+
+    Raises ConfigError where they don't, as where a layer looks at the mean of its batch.
+    """
+    config = twin.config.get_text_config()
+    if config._attn_implementation != ATTENTION_NAME:
+        return  # it can't run here, and its owner says why
+    ids = torch.arange(NUM_TRIED) * 7919 % twin.get_input_embeddings().weight.shape[0]
+
+    def logits(rows: slice) -> torch.Tensor:
+        some = ids[rows][None]
+        output = twin(
+            input_ids=some, position_ids=torch.zeros_like(some), use_cache=False, attention_context=_EachAlone()
+        )
+        result: torch.Tensor = output.logits[0]
+        return result.view(torch.int32)  # NaN has bits too
+
+    together = logits(slice(None))
+    for rows in (slice(0, 1), slice(NUM_TRIED - 1, None), slice(3, 9)):
+        if not torch.equal(logits(rows), together[rows]):
+            raise ConfigError(
+                f"deterministic inference was tried and failed: what {type(twin).__name__} computes for a token "
+                "depends on the tokens beside it; leave generator.deterministic_inference out for this model"
+            )
 
 
 class AnglesByPosition(nn.Module):
