@@ -29,7 +29,7 @@ from skyrl_train.engines.embedded.twin import InferenceModel
 NORMS = ("input_norm", "mlp_norm", "query_norm", "key_norm")
 MAPS = ("query", "key", "value", "output", "gated", "down")
 HALVES = ("gate", "up")
-"""Of "gated", one by one where adapters add to them."""
+"""Of "gated", one by one in steps in which adapters may add to them; such a step packs these and not the pair."""
 
 
 class _Layer(ctypes.Structure):
@@ -67,8 +67,10 @@ class _Maps:
     gate: PackedMatrix
     up: PackedMatrix
 
-    def all(self) -> tuple[PackedMatrix, ...]:
-        return (self.query, self.key, self.value, self.output, self.gated, self.down)
+    def used(self, *, adapted: bool) -> dict[str, PackedMatrix]:
+        """By name, in a step with adapters or without."""
+        names = (*(name for name in MAPS if name != "gated"), *HALVES) if adapted else MAPS
+        return {name: getattr(self, name) for name in names}
 
 
 class NativeDecoder:
@@ -95,7 +97,8 @@ class NativeDecoder:
         self._maps = [_maps(layer, packing) for layer in decoder.layers]
         self._head = packing.matrix(decoder.head)
         self._sources = [source for layer in decoder.layers for source in _sources(layer)]
-        self._stamp: object = None
+        self._stamps: dict[bool, object] = {}
+        """With adapters and without: how the parameters were when the layers were filled."""
         self._layers = (_Layer * len(decoder.layers))()
         self._step = _Step(layers=ctypes.addressof(self._layers), num_layers=len(decoder.layers))
 
@@ -108,9 +111,7 @@ class NativeDecoder:
         """
         decoder = self._decoder
         dtype = decoder.embedding.dtype
-        if not self._head.is_ready(dtype) or not self._are_layers_ready(dtype):
-            return None
-        if form is not None and not self._are_halves_ready(dtype):
+        if not self._head.is_ready(dtype) or not self._are_layers_ready(dtype, adapted=form is not None):
             return None
         shape, rows = self._pool.layers[decoder.layers[0].index], len(token_ids)
         q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -118,7 +119,7 @@ class NativeDecoder:
         hidden = residual.shape[1]
         cosine, sine = (table[batch.row_positions] for table in decoder.tables)
         widths = {"normed": hidden, "added": hidden, "q": q_size, "k": kv_size, "v": kv_size, "attended": q_size}
-        widths["gated"] = widths["up"] = max(maps.gated.num_outputs for maps in self._maps)
+        widths["gated"] = widths["up"] = _width(decoder.layers[0])
         buffers = {name: torch.empty((rows, width), dtype=dtype) for name, width in widths.items()}
         step = self._step
         for name, buffer in buffers.items():
@@ -142,19 +143,7 @@ class NativeDecoder:
         self._decode(ctypes.addressof(self._step))
         additions.end()
 
-    def _are_halves_ready(self, dtype: torch.dtype) -> bool:
-        """As `_are_layers_ready`, for what a step with adapters needs beside that; buffers have one width for all."""
-        if len({maps.gated.num_outputs for maps in self._maps}) > 1:
-            return False
-        for place, maps in zip(self._layers, self._maps, strict=True):
-            for name in HALVES:
-                one: PackedMatrix = getattr(maps, name)
-                if not one.is_ready(dtype):
-                    return False
-                setattr(place, name, one.address)
-        return True
-
-    def _are_layers_ready(self, dtype: torch.dtype) -> bool:
+    def _are_layers_ready(self, dtype: torch.dtype, *, adapted: bool) -> bool:
         """As `is_ready` of each map, in one comparison where nothing changed."""
         parameters = [source[name] for source, name in self._sources]
         tensors = [*parameters, *self._pool.keys.values(), *self._pool.values.values()]
@@ -165,17 +154,18 @@ class NativeDecoder:
             [0 if parameter is None else version(parameter) for parameter in parameters],
             [0 if tensor is None else tensor.data_ptr() for tensor in tensors],
         )
-        if stamp != self._stamp:
-            self._stamp = stamp if self._fill_layers(dtype) else None
-        return self._stamp is not None
+        if stamp != self._stamps.get(adapted):
+            self._stamps[adapted] = stamp if self._fill_layers(dtype, adapted=adapted) else None
+        return self._stamps[adapted] is not None
 
-    def _fill_layers(self, dtype: torch.dtype) -> bool:
+    def _fill_layers(self, dtype: torch.dtype, *, adapted: bool) -> bool:
         """Pointers to what the layers read now; False where some of it doesn't fit any more."""
         pool = self._pool
         for place, layer, maps in zip(self._layers, self._decoder.layers, self._maps, strict=True):
-            if not all(one.is_ready(dtype) for one in maps.all()):
+            used = maps.used(adapted=adapted)
+            if not all(one.is_ready(dtype) for one in used.values()):
                 return False
-            for name, one in zip(MAPS, maps.all(), strict=True):
+            for name, one in used.items():
                 setattr(place, name, one.address)
             weights = [layer.input_norm.weight, layer.mlp_norm.weight]
             place.input_eps, place.mlp_eps = layer.input_norm.eps, layer.mlp_norm.eps
@@ -208,6 +198,8 @@ def native_decoder(
         return None
     if not can_pack(decoder.head) or not all(_all_packable(layer) for layer in decoder.layers):
         return None
+    if len({_width(layer) for layer in decoder.layers}) > 1:
+        return None  # a step's buffers have one width for all layers
     sites = [[model.site_of(module) for module in _modules(layer)] for layer in decoder.layers]
     additions = Additions(sites) if any(site is not None for of_layer in sites for site in of_layer) else None
     return NativeDecoder(decoder, packing, native, backend, pool, additions)
@@ -239,6 +231,13 @@ def _sources(layer: Layer) -> list[tuple[Mapping[str, torch.Tensor | None], str]
 def _modules(layer: Layer) -> list[nn.Module]:
     """In the order of `adapters.in_native.MAPS`."""
     return [*layer.qkv.modules, layer.output, *layer.gate_up.modules, layer.down]
+
+
+def _width(layer: Layer) -> int:
+    """Of the gated MLP."""
+    weight = layer.down._parameters["weight"]
+    assert weight is not None
+    return weight.shape[1]
 
 
 def _all_packable(layer: Layer) -> bool:

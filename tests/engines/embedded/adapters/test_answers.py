@@ -248,3 +248,12 @@ def test_a_forward_that_was_not_announced_is_an_error(core: EngineCore) -> None:
     token = torch.zeros((1, 1), dtype=torch.long)
     with pytest.raises(AssertionError, match="call select first"):
         core._runner._model(input_ids=token, position_ids=token, use_cache=False)  # type: ignore[attr-defined]
+
+
+def test_an_engine_whose_requests_all_have_an_adapter_packs_each_matrix_once() -> None:
+    """A policy that is an adapter must not cost a second packed copy of the gated maps."""
+    used, plain = with_adapters(make_adapted(pack_weights=True)), make_adapted(pack_weights=True)
+    run(used, [ask("1", "all", (1, 2, 3))])
+    run(plain, [ask("1", None, (1, 2, 3))])
+    packed = [core._runner._model.packing.num_bytes for core in (used, plain)]  # type: ignore[attr-defined]
+    assert packed[0] <= 1.05 * packed[1]
