@@ -71,10 +71,12 @@ class Contestant(Generic[R]):
         return summarize(timings) if timings else None
 
 
-def speedup(contestants: Sequence[Contestant[R]], contestant: Contestant[R], discipline: str) -> str:
-    """How many times as fast as the fastest peer; empty where there is nothing to compare."""
+def speedup(
+    contestants: Sequence[Contestant[R]], contestant: Contestant[R], discipline: str, *, by: str = "median_s"
+) -> str:
+    """How many times as fast as the fastest peer; empty where there is nothing to compare. `by`: a field of Figures."""
     own = contestant.figures(discipline)
     peers = [figures for c in contestants if c.name != OURS and (figures := c.figures(discipline))]
     if own is None or not peers:
         return ""
-    return f"{min(figures.median_s for figures in peers) / own.median_s:.2f}"
+    return f"{min(getattr(figures, by) for figures in peers) / getattr(own, by):.2f}"

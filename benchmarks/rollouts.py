@@ -41,6 +41,7 @@ DEFAULT_ENGINES = ("generate", "generate_batch", OURS)
 CACHES = ("dynamic", "static", "compiled")
 MODES = {"sampled": False, "greedy": True}
 NUM_CHECKED = 8
+OTHERS = "processors used by others, up to"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -214,7 +215,7 @@ def write(
         report.text(f"## {mode.capitalize()}: new tokens per second")
         head = ["engine", "setting (the fastest tried)", f"median of {args.repetitions}", "min", "max"]
         report.table(
-            [*head, "over the best peer", "of the limit", "processor s", "processors used by others, up to"],
+            [*head, "over the best peer", "of the limit", "processor s", "over the best peer, by these", OTHERS],
             [_row(contestants, contestant, mode, num_new_tokens(requests), limit) for contestant in contestants],
         )
         checked = [f"{name}: {agreement}" for name, agreement in agreements[mode].items()]
@@ -231,7 +232,7 @@ def _row(
 ) -> list[str]:
     figures = contestant.figures(mode)
     if figures is None:
-        return [contestant.name, contestant.error, *[""] * 7]
+        return [contestant.name, contestant.error, *[""] * 8]
     return [
         contestant.name,
         contestant.setting,
@@ -241,6 +242,7 @@ def _row(
         speedup(contestants, contestant, mode),
         f"{limit.seconds / figures.median_s:.1%}",
         f"{figures.cpu_s:.1f}",
+        speedup(contestants, contestant, mode, by="cpu_s"),
         figures.others,
     ]
 
