@@ -34,3 +34,11 @@ def test_the_kernels_of_a_gpu_and_an_engine_on_them_give_what_the_slow_reference
 @pytest.mark.slow
 def test_they_do_in_every_case() -> None:
     assert " passed" in run_cases("slow")
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_a_card_that_is_not_here() -> None:
+    command = [sys.executable, "-m", "tests.engines.embedded.compiled_cases"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "all compiled" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
