@@ -75,6 +75,7 @@ async def build_server_engine(
     if shape is None:
         raise ConfigError(f"{places.model} has no config.json to read the model's vocabulary from")
     if reference is not None:
+        _check_head_survives(config)
         _check_room(config, places)
     urls: list[str | None] = [None] * generator.num_inference_engines
     if not generator.run_engines_locally:
@@ -92,6 +93,20 @@ async def build_server_engine(
     ends = end_token_ids(places.model, tokenizer) if generator.backend == "sglang" else ()
     engines = [_engine(config, server, places, shape, policy_version, reference, ends) for server in servers]
     return engines[0] if len(engines) == 1 else RoutedEngine(engines)
+
+
+def _check_head_survives(config: Config) -> None:
+    """SGLang (0.5.23) loads a folder into the draft as well, and can't be told not to; over tensors it can."""
+    generator = config.generator
+    drafts = generator.speculative_decoding
+    if generator.backend != "sglang" or not drafts.enabled or drafts.algorithm != "eagle3":
+        return
+    if generator.weight_sync_backend == "disk":
+        raise ConfigError(
+            "generator.speculative_decoding.algorithm=eagle3 with generator.weight_sync_backend=disk: SGLang loads the "
+            "policy's new weights into the head too, whose shapes are others, and ends; set weight_sync_backend to "
+            "nccl, gloo or cuda_ipc"
+        )
 
 
 def _check_room(config: Config, places: Places) -> None:

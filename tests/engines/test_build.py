@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from skyrl_train.engines.build import _verify, end_token_ids
-from skyrl_train.errors import WeightUpdateError
+from skyrl_train.config.load import load_config
+from skyrl_train.engines.build import Places, _verify, build_server_engine, end_token_ids
+from skyrl_train.errors import ConfigError, WeightUpdateError
+from tests.tiny import make_model
 
 
 def test_what_ends_an_answer_is_named_in_three_places(tmp_path: Path) -> None:
@@ -46,3 +48,20 @@ async def test_a_server_that_is_started_again_is_proved_without_asking_the_train
     weights["server"] = 2.0
     await verify(client, 2)
     assert asked == 2
+
+
+async def test_a_head_that_an_update_from_disk_would_end_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    make_model(attn_implementation="eager").save_pretrained(tmp_path / "model")
+    drafts = "generator.speculative_decoding"
+    arguments = [
+        f"trainer.policy.model.path={tmp_path / 'model'}",
+        "generator.backend=sglang",
+        f"{drafts}.enabled=true",
+        f"{drafts}.algorithm=eagle3",
+        f"{drafts}.draft_model_path=head",
+    ]
+    config = load_config(arguments).config
+    assert config.generator.weight_sync_backend == "disk"
+    places = Places(model=tmp_path / "model", logs=tmp_path / "logs", weights=tmp_path / "weights")
+    with pytest.raises(ConfigError, match="loads the policy's new weights into the head too"):
+        await build_server_engine(config, places, reference=lambda ids: ())
