@@ -11,7 +11,7 @@ import pytest
 from skyrl_train.engines.server.client import ServerBusy
 from skyrl_train.engines.server.engine import ServerEngine
 from skyrl_train.errors import EngineUnavailable, RequestRejected
-from skyrl_train.types import Completion, SamplingParams, SessionRef
+from skyrl_train.types import Completion, LogitProcessor, SamplingParams, SessionRef
 from tests.engines.server.scripted import (
     END,
     Machine,
@@ -276,6 +276,17 @@ def test_a_request_of_a_known_name_is_refused_while_the_first_runs() -> None:
         with pytest.raises(RequestRejected, match="running request of this id"):
             await engine.generate(ask("r"))
         await machine.until(task)
+
+    serve(body)
+
+
+def test_a_logit_processor_is_refused_for_it_would_have_to_travel_as_code() -> None:
+    async def body(machine: Machine, engine: ServerEngine) -> None:
+        sampling = SamplingParams(max_new_tokens=3, logit_processor=LogitProcessor(path="my.function"))
+        with pytest.raises(
+            RequestRejected, match=r"r: engine .* runs no logit processors .*\(my.function\); the embedded"
+        ):
+            await engine.generate(ask("r", sampling=sampling))
 
     serve(body)
 
