@@ -100,6 +100,8 @@ class NgramDrafter:
 
     def _learn_limits(self, chosen: Indices, length: Ints) -> None:
         guessed = self._guessed[chosen]
+        if not guessed.any():
+            return
         right = np.minimum(length - self._length[chosen] - 1, guessed)
         limit = np.where(right == guessed, np.maximum(2 * guessed, self._limit[chosen]), right + 1)
         is_known = (guessed > 0) & (self._guessed_at[chosen] == self._step - 1)

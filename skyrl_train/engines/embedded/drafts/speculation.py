@@ -118,13 +118,13 @@ class Speculation:
         if not len(asked):
             return None
         chosen, room = decoding[asked], room[asked]
-        missing = np.maximum(seats.computed[chosen] + room - seats.allocated[chosen], 0)
-        if missing.any():
-            slots.give_slots(chosen, missing)
+        if self.drafter.pools:
+            _give(seats, chosen, room, slots)  # it writes keys of its guesses
         drafts = self.drafter.propose(seats, chosen, room)
-        assert (drafts.counts <= room).all(), f"{self.drafter.name} guessed more than there was room for"
         if not drafts.counts.any():
             return None
+        assert (drafts.counts <= room).all(), f"{self.drafter.name} guessed more than there was room for"
+        _give(seats, chosen, drafts.counts, slots)
         guesses, order = in_order(drafts)
         row, place = np.nonzero(np.arange(guesses.tokens.shape[1]) < guesses.counts[:, None])
         position = seats.computed[chosen[row]] + place
@@ -188,6 +188,13 @@ class Speculation:
             room = np.where(is_too_much, np.minimum(room, spare), room)
         result: Ints = room.astype(np.int32)
         return result
+
+
+def _give(seats: Seats, chosen: Indices, count: Ints, slots: Slots) -> None:
+    """See to it that `count` [n] guesses of each seat have slots."""
+    missing = np.maximum(seats.computed[chosen] + count - seats.allocated[chosen], 0)
+    if missing.any():
+        slots.give_slots(chosen, missing)
 
 
 def _spread(guesses: Guesses, at: Indices, n: int) -> Guesses:
