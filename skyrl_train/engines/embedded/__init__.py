@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from skyrl_train.engines.embedded.adapters.settings import LoraLimits
 from skyrl_train.engines.embedded.config import EmbeddedConfig
 from skyrl_train.engines.embedded.engine import EmbeddedEngine, StreamedTokens
 
-__all__ = ["EmbeddedConfig", "EmbeddedEngine", "StreamedTokens"]
+__all__ = ["EmbeddedConfig", "EmbeddedEngine", "LoraLimits", "StreamedTokens"]
