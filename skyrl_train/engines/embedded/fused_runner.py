@@ -150,7 +150,7 @@ class FusedRunner:
         self._steps: dict[Form, DecodeStep] = {}
         self._sizes = graph_sizes(seats.num_seats)
         self._uploads = [
-            torch.empty(NUM_BASIC + NUM_RULES, self._sizes[-1], dtype=torch.int64, pin_memory=self._is_cuda)
+            torch.empty((NUM_BASIC + NUM_RULES) * self._sizes[-1], dtype=torch.int64, pin_memory=self._is_cuda)
             for _ in range(NUM_UPLOADS_IN_TURN)
         ]
         self._num_launched = 0
@@ -238,7 +238,8 @@ class FusedRunner:
         step = self._step(Form(num_rows=num_rows, has_rules=has_rules, shares=bool(groups)))
         step.group(groups)
         height = len(step.input)
-        upload = self._uploads[self._num_launched % NUM_UPLOADS_IN_TURN][:height, :num_rows]
+        # Contiguous whatever the form: a strided one would go through memory that is not pinned.
+        upload = self._uploads[self._num_launched % NUM_UPLOADS_IN_TURN][: height * num_rows].view(height, num_rows)
         host = upload.numpy()
         position = seats.computed[chosen] - 1
         host[0, :n] = chosen
