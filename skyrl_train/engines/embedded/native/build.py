@@ -17,6 +17,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -70,12 +71,15 @@ def _built_library() -> Path:
 
 
 def _compile(compiler: str, folder: Path, scratch: Path) -> None:
-    objects = []
-    for name in SOURCES:
-        objects.append(str(scratch / f"{name}.o"))
-        _run([compiler, *FLAGS, *FLAGS_OF.get(name, ()), "-c", str(folder / name), "-o", objects[-1]])
+    objects = {name: str(scratch / f"{name}.o") for name in SOURCES}
+
+    def compile_one(name: str) -> None:
+        _run([compiler, *FLAGS, *FLAGS_OF.get(name, ()), "-c", str(folder / name), "-o", objects[name]])
+
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        list(threads.map(compile_one, SOURCES))
     # No -fopenmp here: it would link the compiler's own OpenMP runtime.
-    _run([compiler, "-shared", "-o", str(scratch / "kernels.so"), *objects, "-lm"])
+    _run([compiler, "-shared", "-o", str(scratch / "kernels.so"), *objects.values(), "-lm"])
 
 
 def _run(command: list[str]) -> str:
