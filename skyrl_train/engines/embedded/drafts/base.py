@@ -84,7 +84,7 @@ class Drafter(Protocol):
     def propose(self, seats: Seats, chosen: Indices, room: Ints) -> Drafts:
         """Guesses for the seats `chosen` [n], at most `room` [n] each, which is 1 or more. Nothing is in flight.
 
-        Slots for `room` guesses are there if it has pools. The model's keys of all known tokens but the last one are too.
+        Slots for `room` guesses are there if it has pools, and the model's keys of all known tokens but the last one.
         """
         ...
 
