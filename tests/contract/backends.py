@@ -92,7 +92,20 @@ SETTINGS: dict[str, Setting] = {
     ),
     "eagle": Setting(
         keys=_speculation("eagle", draft_model_path="{head}", num_draft_tokens=4),
-        of={"sglang": _speculation("eagle", num_steps=3, eagle_topk=2, num_draft_tokens=6)},
+        of={
+            backend: _speculation("eagle", num_steps=3, eagle_topk=2, num_draft_tokens=6)
+            for backend in ("embedded", "sglang")
+        },
+    ),
+    "eagle3": Setting(
+        keys=_speculation("eagle3", draft_model_path="{head3}", num_draft_tokens=4),
+        # From disk SGLang would load the policy into the head too.
+        of={
+            "sglang": {
+                "weight_sync_backend": "gloo",
+                **_speculation("eagle3", num_steps=3, eagle_topk=1, num_draft_tokens=4),
+            }
+        },
     ),
     "one_seat": Setting(
         keys={"max_num_seqs": 1},
@@ -143,6 +156,8 @@ def _arguments(backend: str, setting: str, folder: Path) -> list[str]:
         models.save(models.nearly(models.policy()), folder / "draft")
     if any("{head}" in str(value) for value in keys.values()):
         models.save_eagle_head(folder / "head", EAGLE_HEADS.get(backend, ""))
+    if any("{head3}" in str(value) for value in keys.values()):
+        models.save_eagle3_head(folder / "head3")
     if "lora.paths" in keys:
         for name, seed in ADAPTER_SEEDS.items():
             models.save_adapter(models.adapter(seed), folder / name)
@@ -161,7 +176,7 @@ class _Folders(dict[str, str]):
     """{name} in a setting is a folder of that name."""
 
     def __init__(self, root: Path) -> None:
-        super().__init__({name: str(root / name) for name in ("draft", "head", *ADAPTER_SEEDS)})
+        super().__init__({name: str(root / name) for name in ("draft", "head", "head3", *ADAPTER_SEEDS)})
 
 
 def _as_overrides(keys: Mapping[str, Any]) -> list[str]:

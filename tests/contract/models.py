@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, PreTrainedModel
 
+from skyrl_train.engines.embedded.drafts.eagle.fresh import fresh_eagle3
+from skyrl_train.engines.embedded.drafts.eagle.layout import save_head
 from skyrl_train.types import AdapterWeights
 from tests.tiny import VOCAB_SIZE, make_model, make_tokenizer
 
@@ -106,6 +108,15 @@ def save_eagle_head(folder: Path, architecture: str) -> Path:
     config.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors")
     return folder
+
+
+def save_eagle3_head(folder: Path) -> Path:
+    """An EAGLE-3 head for the policy's shape as this package writes them, over all words but the last few.
+
+    It begins near to what the policy says without its last layers, and so is right now and then.
+    """
+    model = policy()
+    return save_head(fresh_eagle3(model, seed=0, word_ids=range(VOCAB_SIZE - 20)), folder, num_layers=2)
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from tests.contract.under_test import Case
 
 NUM_SAMPLES = 2400
 AT_ONCE = 48
-SPECULATION = pytest.mark.setting("ngram", "standalone", "eagle")
+SPECULATION = pytest.mark.setting("ngram", "standalone", "eagle", "eagle3")
 
 
 @pytest.mark.capability("Sampling has the model's distribution")
