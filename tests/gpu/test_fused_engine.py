@@ -58,7 +58,7 @@ def test_bfloat16_log_probabilities_are_those_of_transformers(arch: str) -> None
         wanted = logprobs.gather(1, whole[0, len(ids) :, None])[:, 0].cpu()
         difference = (torch.tensor(got.logprobs) - wanted).abs()
         worst, total, count = max(worst, float(difference.max())), total + float(difference.sum()), count + len(wanted)
-    assert worst < 0.25 and total / count < 0.03, (worst, total / count)
+    assert worst < 0.25 and total / count < 0.06, (worst, total / count)
 
 
 @pytest.mark.parametrize(

@@ -336,3 +336,15 @@ def test_new_weights_are_served_wherever_they_lie() -> None:
         assert_same(after, fresh)
         assert after[0].logprobs != before[0].logprobs
     assert core._runner.decoder.num_packed == 2
+
+
+@slow
+def test_a_bfloat16_engine_stays_within_its_rounding() -> None:
+    model = make_model("qwen3").to(torch.bfloat16)
+    done = run(make_core(model, cuda_kernels="fused"), [request("a", PROMPTS[1], 4, temperature=1.0, seed=1)])[0]
+    reference = make_model("qwen3", attn_implementation="eager").to(torch.bfloat16)
+    whole = torch.tensor([[*PROMPTS[1], *done.token_ids]])
+    with torch.no_grad():
+        logprobs = reference(whole).logits[0, len(PROMPTS[1]) - 1 : -1].float().log_softmax(-1)
+    wanted = logprobs.gather(1, torch.tensor(done.token_ids)[:, None])[:, 0]
+    assert torch.allclose(torch.tensor(done.logprobs), wanted, atol=0.25)
