@@ -131,6 +131,13 @@ class EagleDrafter:
                 else self._chain(guessing, hidden, logits)
             )
 
+    def check_integrity(self, seats: Seats) -> None:
+        """Assert that what a seat counts as done has its keys. For tests, between steps."""
+        for seat in np.nonzero(self._tenancy == seats.tenancy)[0]:
+            done = int(self._done[seat])
+            assert done < seats.length[seat], (seat, done, seats.length[seat])
+            assert self._has_key[seats.slots[seat, 1:done]].all(), f"seat {seat} lacks keys of known tokens"
+
     # -- known tokens
 
     def _catch_up(self, seats: Seats, chosen: Indices, guessing: _Guessing) -> tuple[torch.Tensor, torch.Tensor]:
