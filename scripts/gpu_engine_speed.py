@@ -39,7 +39,7 @@ PARTS = (
         command="pytest -q -m gpu tests/gpu/test_fused_kernels.py tests/gpu/test_fused_engine.py "
         "tests/gpu/test_kernels.py tests/gpu/test_engine_cuda.py "
         "-p no:cacheprovider -W default --durations=6 --tb=short",
-        max_s=150,
+        max_s=200,
         rehearsed=False,
     ),
     Part(

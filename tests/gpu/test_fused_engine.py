@@ -34,8 +34,7 @@ def common(a: Completion, b: Completion) -> int:
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a.token_ids), len(b.token_ids)))
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "llama", "mistral"])
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(("arch", "temperature"), [("qwen2", 0.0), ("qwen3", 1.0), ("llama", 1.0), ("mistral", 0.0)])
 def test_float32_tokens_are_the_plain_ones(arch: str, temperature: float) -> None:
     plain, fused, _ = both(arch, torch.float32, SamplingParams(max_new_tokens=40, temperature=temperature))
     same = [a.token_ids == b.token_ids for a, b in zip(plain, fused, strict=True)]
