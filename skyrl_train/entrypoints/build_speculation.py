@@ -24,7 +24,7 @@ from skyrl_train.training.optimizer import OptimizerSettings
 
 Method = Literal["ngram", "standalone", "eagle", "eagle3"]
 
-DEFAULT_DRAFT_TOKENS = {"ngram": 8, "standalone": 5}
+DEFAULT_DRAFT_TOKENS = {"ngram": 12, "standalone": 5}
 """The known token that is verified with the guesses included."""
 
 

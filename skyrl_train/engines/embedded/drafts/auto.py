@@ -1,6 +1,7 @@
 """Whether guessing pays, measured: seconds for a token with guesses and without, at each size of batch.
 
-A step's cost depends on how many requests decode together: for one, rows of guesses are nearly free; for many, each row
+A step's cost is the processor time of the thread that computes it, so what others do on the machine does not count. It
+depends on how many requests decode together: for one, rows of guesses are nearly free; for many, each row
 is paid for. So sizes are told apart by powers of two, and each has its own two costs, averaged over blocks of steps
 that do nothing but decode. The cheaper way is taken; the other one is looked at again after a while, rarely where it
 has lost again and again. To go over it must win by a margin, so that noise does not swing it.
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 
 BLOCK = 4
 """Steps that are measured together."""
-FIRST_BLOCKS = 2
+FIRST_BLOCKS = 4
 """Of each way, before anything is decided."""
 NEWEST = 0.15
 """Weight of a new block in the averages."""
@@ -25,9 +26,9 @@ NUM_RECENT = 15
 OUTLIER = 3.0
 """A step that took so many times the median of the recent ones counts as that: the machine was busy elsewhere."""
 MARGIN = 0.05
-WAIT = 256
+WAIT = 64
 LONGEST_WAIT = 8192
-"""Steps until the other way is looked at again; twice as many each time that guessing has lost."""
+"""Steps until the other way is looked at again; twice as many each time that it has lost again."""
 
 
 class Cost:
@@ -82,11 +83,12 @@ class Size:
             self.guesses = self.guessing.num_blocks <= self.plain.num_blocks
             return
         was_trial = self.guesses != self.pays
+        paid = self.pays
         ratio = self.guessing.per_token / self.plain.per_token
         self.pays = ratio < 1 if self.pays else ratio < 1 - MARGIN
-        if self.pays:
+        if self.pays != paid:
             self.wait = WAIT
-        elif was_trial and self.guesses:
+        elif was_trial:
             self.wait = min(2 * self.wait, LONGEST_WAIT)
         self.since = 0 if was_trial else self.since + BLOCK
         usual = self.guessing if self.pays else self.plain

@@ -33,8 +33,8 @@ class NgramSettings:
     `capacity`: contexts that are remembered for all prompts together, two for each word of an answer.
     """
 
-    max_guesses: int = 7
-    shortest: int = 3
+    max_guesses: int = 11
+    shortest: int = 2
     longest: int = 18
     capacity: int = 1 << 17
 

@@ -100,7 +100,7 @@ class Speculation:
         Their `computed` counts the last known token already, which the coming step computes.
         """
         if self.auto is not None:
-            self._measured = (len(decoding), time.perf_counter()) if only_decodes else None
+            self._measured = (len(decoding), time.thread_time()) if only_decodes else None
             if not self.auto.guesses(len(decoding)):
                 return None
         return self._guess(seats, decoding, budget, slots)
@@ -109,7 +109,7 @@ class Speculation:
         """The step that was planned last brought so many tokens."""
         if self.auto is not None and self._measured is not None:
             num_decoding, began = self._measured
-            self.auto.add(num_decoding, time.perf_counter() - began, num_tokens)
+            self.auto.add(num_decoding, time.thread_time() - began, num_tokens)
             self._measured = None
 
     def _guess(self, seats: Seats, decoding: Indices, budget: int, slots: Slots) -> Guesses | None:

@@ -47,7 +47,7 @@ def test_a_small_difference_changes_nothing() -> None:
     auto = Auto()
     live(auto, 100, guessing=0.99)
     assert auto.guesses(1)
-    live(auto, 3 * WAIT, guessing=1.2)
+    live(auto, 10 * WAIT, guessing=1.2)
     assert not auto.sizes[0].pays
     live(auto, 20 * WAIT, guessing=0.98)
     assert not auto.sizes[0].pays
@@ -86,7 +86,7 @@ def test_the_engine_stops_guessing_and_answers_stay_the_same(monkeypatch: pytest
         core.speculation.counts.guessed = 0
         return now
 
-    monkeypatch.setattr(speculation.time, "perf_counter", clock)
+    monkeypatch.setattr(speculation.time, "thread_time", clock)
     assert [found.token_ids for found in run(core, items)] == [right.token_ids for right in wanted]
     assert core.speculation.auto is not None and not core.speculation.auto.sizes[2].pays
-    assert 0 < core.speculation.counts.verifications < 100
+    assert 0 < core.speculation.counts.verifications < 200, "of 400"
