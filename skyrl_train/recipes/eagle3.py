@@ -7,7 +7,7 @@ The model is only read. The keys are the main job's, those in APPLIES; setting a
 message is the assistant's is learned as it stands; any other is answered by the model first, sampled as
 generator.sampling_params says. The head starts from generator.speculative_decoding.draft_model_path if that is given,
 otherwise anew, for the words in generator.speculative_decoding.token_map or all. It is exported to trainer.export_path,
-or `<run_path>/<run_name>/export`: a folder for generator.speculative_decoding.draft_model_path of every backend.
+or `<run_path>/export`: a folder for generator.speculative_decoding.draft_model_path of every backend.
 Checkpoints, resuming, Ctrl-C and exit codes are the main job's.
 """
 

@@ -111,3 +111,16 @@ def test_keys_that_have_no_meaning_here_are_refused(capsys: pytest.CaptureFixtur
     assert "training an EAGLE-3 head has no use for generator.n_samples_per_prompt=4" in capsys.readouterr().err
     assert main(["--explain"]) == DONE
     assert "generator.sampling_params.temperature=" in capsys.readouterr().out
+
+
+def test_a_head_goes_on_from_another_one_or_begins_with_the_words_of_a_map(model: Path, tmp_path: Path) -> None:
+    drafts = "generator.speculative_decoding"
+    torch.save(list(range(200)), tmp_path / "words.pt")
+    one_step = ("trainer.max_steps=1", f"{drafts}.num_steps=2")
+    assert main(arguments(model, tmp_path / "few", *one_step, f"{drafts}.token_map={tmp_path / 'words.pt'}")) == DONE
+    few = tmp_path / "few" / "export"
+    assert load_file(few / "model.safetensors")["lm_head.weight"].shape[0] == 200
+    assert main(arguments(model, tmp_path / "more", *one_step, f"{drafts}.draft_model_path={few}")) == DONE
+    assert load_file(tmp_path / "more" / "export" / "model.safetensors")["lm_head.weight"].shape[0] == 200
+    (row,) = read_metrics(tmp_path / "more" / "metrics.jsonl")
+    assert "eagle3/agree_2" in row and "eagle3/agree_3" not in row
