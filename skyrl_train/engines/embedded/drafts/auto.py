@@ -25,6 +25,8 @@ NEWEST = 0.15
 NUM_RECENT = 15
 OUTLIER = 3.0
 """A step that took so many times the median of the recent ones counts as that: the machine was busy elsewhere."""
+IDLE = 28
+"""Steps without measurement behind each block of the way that won: a look at the clock costs too."""
 MARGIN = 0.05
 WAIT = 64
 LONGEST_WAIT = 8192
@@ -74,6 +76,15 @@ class Size:
     pays: bool = True
     since: int = 0
     wait: int = WAIT
+    idle: int = 0
+    """Steps to come that nobody measures."""
+
+    def rest(self) -> None:
+        """A step that is not measured."""
+        self.idle -= 1
+        self.since += 1
+        if not self.idle and self.since >= self.wait:
+            self.guesses = not self.pays
 
     def add(self, seconds: float, tokens: int) -> None:
         cost = self.guessing if self.guesses else self.plain
@@ -95,6 +106,8 @@ class Size:
         # The average of the other way is old: a trial that goes well goes on until that is replaced.
         goes_well = was_trial and self.guesses != self.pays and cost.newest < (1 - MARGIN) * usual.per_token
         self.guesses = not self.pays if goes_well or self.since >= self.wait else self.pays
+        if self.guesses == self.pays:
+            self.idle = max(min(IDLE, self.wait - self.since), 0)
 
 
 class Auto:
@@ -104,11 +117,16 @@ class Auto:
         self.sizes: dict[int, Size] = defaultdict(Size)
 
     def guesses(self, num_decoding: int) -> bool:
-        return self._size(num_decoding).guesses
+        return self.size(num_decoding).guesses
 
     def add(self, num_decoding: int, seconds: float, tokens: int) -> None:
         """A step that decoded for so many requests and did nothing else brought `tokens`."""
-        self._size(num_decoding).add(seconds, tokens)
+        size = self.size(num_decoding)
+        if size.idle:
+            size.rest()
+        else:
+            size.add(seconds, tokens)
 
-    def _size(self, num_decoding: int) -> Size:
+    def size(self, num_decoding: int) -> Size:
+        """What is known for this many requests."""
         return self.sizes[(num_decoding - 1).bit_length()]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 
 from skyrl_train.engines.base import Capability
-from skyrl_train.engines.embedded.drafts.auto import Auto
+from skyrl_train.engines.embedded.drafts.auto import Auto, Size
 from skyrl_train.engines.embedded.drafts.base import ROOT, Drafter, DraftSource, FollowedRows, Indices, Ints
 from skyrl_train.engines.embedded.drafts.guesses import Guesses, first_branch, in_order
 from skyrl_train.engines.embedded.drafts.verify import VerifiedTokens
@@ -90,7 +90,7 @@ class Speculation:
         self._can_be_behind = drafter.has_weights and not follows_model
         self.auto = auto
         self.counts = Counts()
-        self._measured: tuple[int, float] | None = None
+        self._measured: tuple[Size, float] | None = None
         self.num_updates_behind = 0
         """Weight updates of the model since the drafter was made or `refreshed`."""
 
@@ -100,16 +100,21 @@ class Speculation:
         Their `computed` counts the last known token already, which the coming step computes.
         """
         if self.auto is not None:
-            self._measured = (len(decoding), time.thread_time()) if only_decodes else None
-            if not self.auto.guesses(len(decoding)):
+            size = self.auto.size(len(decoding))
+            is_guessing = size.guesses
+            if only_decodes and size.idle:
+                size.rest()
+            elif only_decodes:
+                self._measured = (size, time.thread_time())
+            if not is_guessing:
                 return None
         return self._guess(seats, decoding, budget, slots)
 
     def step_done(self, num_tokens: int) -> None:
         """The step that was planned last brought so many tokens."""
-        if self.auto is not None and self._measured is not None:
-            num_decoding, began = self._measured
-            self.auto.add(num_decoding, time.thread_time() - began, num_tokens)
+        if self._measured is not None:
+            size, began = self._measured
+            size.add(time.thread_time() - began, num_tokens)
             self._measured = None
 
     def _guess(self, seats: Seats, decoding: Indices, budget: int, slots: Slots) -> Guesses | None:
