@@ -468,7 +468,7 @@ async def test_what_one_engine_refuses_is_raised_after_all_were_asked(make: Make
     with pytest.raises(RequestRejected, match="embedded-0: 1 requests run on cached prefixes"):
         await router.flush_cache()
     assert "flush_cache" in links[1].calls
-    with pytest.raises(RequestRejected, match="can't sleep"):
+    with pytest.raises(RequestRejected, match="sleeps only when drained"):
         await router.sleep(["kv_cache"])
     await running
     await router.flush_cache()
