@@ -363,10 +363,10 @@ class EngineCore:
         else:
             end = self.scheduler.release(state)
         del self._by_id[state.request.request_id]
-        if self.adapters is not None:
-            self.adapters.closed(state.request)
         completion = to_completion(state, reason, stop_reason)
         self.sessions.leave(state.request, completion.token_ids if keep else None, end)
+        if self.adapters is not None:
+            self.adapters.closed(state.request)  # may forget the adapter's keys: pins that are there move with them
         return Finished(state=state, completion=completion)
 
     def answer_so_far(self, state: RequestState, begin: int = 0) -> tuple[tuple[int, ...], tuple[float, ...]]:

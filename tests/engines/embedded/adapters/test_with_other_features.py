@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +15,8 @@ from skyrl_train.engines.embedded.core import EngineCore
 from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.engines.embedded.drafts.build import ngram_source, standalone_source
 from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
-from skyrl_train.types import GenerateRequest, WeightUpdate
-from tests.engines.embedded.adapters.common import ask, assert_is_of, base, make_adapted, merged, random_adapter
+from skyrl_train.types import GenerateRequest, SessionRef, WeightUpdate
+from tests.engines.embedded.adapters.common import ask, assert_is_of, base, make_adapted, merged, random_adapter, save
 from tests.engines.embedded.common import make_core, random_prompts, run
 
 ADAPTERS = {"a": random_adapter(1), "b": random_adapter(2, rank=2, modules=("q_proj", "up_proj"))}
@@ -118,6 +121,23 @@ def test_an_engine_that_slept_serves_its_adapters(wanted: dict) -> None:  # type
     named = [item for item in requests() if item.adapter]
     for item, answer in zip(named, run(core, named), strict=True):
         assert answer.token_ids == wanted[item.request_id]
+
+
+def test_a_session_goes_on_after_its_adapter_left_memory_as_the_answer_ended(tmp_path: Path) -> None:
+    paths = {name: save(weights, tmp_path / name) for name, weights in ADAPTERS.items()}
+    core = make_adapted(LoraLimits(paths=paths, max_loaded=1))
+    session = core.sessions.open(200)
+    turns = [
+        replace(ask(name, "a", PROMPTS[1]), session=SessionRef(session_id=session, parent_request_id=parent))
+        for name, parent in (("one", None), ("two", "one"))
+    ]
+    longer = ask("longer", "b", PROMPTS[1], 24)  # so there is one adapter too many when the first turn ends
+    first, _ = run(core, [turns[0], longer])
+    second = run(core, [turns[1]])[0]
+    whole = (*PROMPTS[1], *first.token_ids, *PROMPTS[1])
+    assert second.token_ids == run(filled(make_adapted()), [ask("plain", "a", whole)])[0].token_ids
+    core.close_session(session)
+    core.check_integrity()
 
 
 def test_in_bfloat16_answers_are_near_those_of_the_merged_model() -> None:
