@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from skyrl_train.config.findings import Checked, Finding, Rule, error
+from skyrl_train.config.findings import Checked, Finding, Rule, error, warning
 
 _GROUP = "generator.speculative_decoding"
 
@@ -88,4 +88,25 @@ def head_training(checked: Checked) -> Iterator[Finding]:
         yield error(f"{shown} does not go with trainer.policy.model.lora.rank; leave one of them out")
 
 
-DRAFT_RULES: tuple[Rule, ...] = (where_it_is_built, exactness, sizes, head_training)
+def repeats(checked: Checked) -> Iterator[Finding]:
+    """Right guesses move a request on by several tokens a step: how far it is when an update lands depends on them."""
+    keys = checked.config.trainer.fully_async
+    if not (_speculates(checked) and keys.enabled and keys.deterministic and keys.max_staleness_steps):
+        return
+    algorithm = checked.config.generator.speculative_decoding.algorithm
+    name = checked.show(f"{_GROUP}.algorithm")
+    asked = "trainer.fully_async.deterministic=true"
+    if algorithm == "auto":
+        yield warning(
+            f"{name} goes by the clock, and where updates meet running answers depends on the guesses: with {asked} too "
+            "this run can't be repeated or resumed to the bit; name the algorithm"
+        )
+    elif algorithm == "ngram":
+        yield warning(
+            f"{name} learns from answers, and no checkpoint keeps that: after a resume there are other guesses, and where "
+            f"updates meet running answers depends on them; with {asked} too a resumed run does not end with the bits of "
+            "one that was never stopped"
+        )
+
+
+DRAFT_RULES: tuple[Rule, ...] = (where_it_is_built, exactness, sizes, head_training, repeats)

@@ -92,3 +92,17 @@ def test_a_tree_of_heads_is_as_large_as_its_branches() -> None:
     head = (f"{KEY}.algorithm=eagle", f"{KEY}.draft_model_path=d", f"{KEY}.num_steps=2", f"{KEY}.eagle_topk=2")
     load_config([ON, *head, f"{KEY}.num_draft_tokens=7"])
     assert "is more than the tree has" in refused(*head, f"{KEY}.num_draft_tokens=8")
+
+
+ASYNC = ("trainer.fully_async.enabled=true", "trainer.fully_async.max_staleness_steps=2")
+
+
+@pytest.mark.parametrize(("algorithm", "said"), [("auto", "can't be repeated"), ("ngram", "a resumed run")])
+def test_a_run_that_guesses_make_unrepeatable_says_so(algorithm: str, said: str) -> None:
+    def warnings(*argv: str) -> list[str]:
+        found = load_config([ON, f"{KEY}.algorithm={algorithm}", *argv]).warnings
+        return [warning for warning in found if KEY in warning]
+
+    (warning,) = warnings(*ASYNC)
+    assert said in warning
+    assert not warnings() and not warnings(*ASYNC, "trainer.fully_async.deterministic=false")

@@ -6,8 +6,10 @@ is paid for. So sizes are told apart by powers of two, and each has its own two 
 that do nothing but decode. The cheaper way is taken; the other one is looked at again after a while, rarely where it
 has lost again and again. To go over it must win by a margin, so that noise does not swing it.
 
-Nothing of this is seen in an answer: with a seed it is the same with guesses and without, so a run that can be repeated
-to the bit stays so, however the clock ran.
+Nothing of this is seen in an answer: with a seed its tokens are the same with guesses and without, however the clock
+ran. Its log-probabilities are too, to the bit, where kernels give a row the same bits in a step of any size: with
+packed weights and decoders of the common form, and always in deterministic inference. Elsewhere their last bits may
+differ. How far an answer is when the engine is paused does depend on the clock (config/check_drafts.py warns of it).
 """
 
 from __future__ import annotations
