@@ -98,14 +98,14 @@ def repeats(checked: Checked) -> Iterator[Finding]:
     asked = "trainer.fully_async.deterministic=true"
     if algorithm == "auto":
         yield warning(
-            f"{name} goes by the clock, and where updates meet running answers depends on the guesses: with {asked} too "
-            "this run can't be repeated or resumed to the bit; name the algorithm"
+            f"{name} goes by the clock, and where updates meet running answers depends on the guesses: with "
+            f"{asked} too this run can't be repeated or resumed to the bit; name the algorithm"
         )
     elif algorithm == "ngram":
         yield warning(
-            f"{name} learns from answers, and no checkpoint keeps that: after a resume there are other guesses, and where "
-            f"updates meet running answers depends on them; with {asked} too a resumed run does not end with the bits of "
-            "one that was never stopped"
+            f"{name} learns from answers, and no checkpoint keeps that: after a resume there are other guesses, and "
+            f"where updates meet running answers depends on them; with {asked} too a resumed run does not end with "
+            "the bits of one that was never stopped"
         )
 
 
