@@ -247,10 +247,10 @@ class EngineCore:
     @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
+        if self.pause_state == "draining":
+            return True  # a step ends the drain, also where an abort has ended the last request that had begun
         if self.pause_state == "paused" or self.rest.asleep:
             return False
-        if self.pause_state == "draining":
-            return self.scheduler.num_started > 0
         return bool(self._by_id)
 
     # -- stepping

@@ -271,7 +271,11 @@ class EmbeddedEngine:
 
     def _step(self) -> bool:
         core = self.core
-        if self._failure is not None or self._closed or not core.has_work:
+        if self._failure is not None or self._closed:
+            return False
+        if self._drained and core.pause_state != "draining":
+            self._end_drain()  # another pause or a resume came in between
+        if not core.has_work:
             return False
         try:
             finished = core.step()

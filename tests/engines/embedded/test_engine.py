@@ -132,6 +132,28 @@ async def test_pause_wait_returns_when_the_running_requests_are_done(engine: Emb
     assert len((await tasks[4]).token_ids) == 20
 
 
+@pytest.mark.parametrize("end", ["abort", "cancel", "pause", "resume"])
+async def test_pause_wait_returns_when_what_it_waits_for_ends_otherwise(engine: EmbeddedEngine, end: str) -> None:
+    (prompt,) = random_prompts(6)
+    task = asyncio.create_task(engine.generate(sampled("a", prompt, 100)))
+    while (await engine.stats()).num_generated_tokens_total < 3:
+        await asyncio.sleep(0)
+    pause = asyncio.create_task(engine.pause("wait"))
+    await asyncio.sleep(0)
+    if end == "abort":
+        await engine.abort(["a"])
+    elif end == "cancel":
+        task.cancel()
+    elif end == "pause":
+        await engine.pause("abort")
+    else:
+        await engine.resume()
+        await engine.abort(["a"])
+    await asyncio.wait_for(pause, 20)
+    assert (await engine.stats()).paused == (end != "resume")
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_pause_abort_ends_what_runs_and_keeps_what_waits(engine: EmbeddedEngine) -> None:
     prompts = random_prompts(6, 7, 8, 9, 10)
     tasks = [asyncio.create_task(engine.generate(sampled(str(i), p, 50))) for i, p in enumerate(prompts)]
