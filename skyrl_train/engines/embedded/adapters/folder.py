@@ -18,6 +18,8 @@ CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 def read_adapter_folder(folder: str) -> AdapterWeights:
     """Everything in it; what fits is asked later. Raises WeightUpdateError for what can't be read."""
     root = Path(folder)
+    if not root.is_dir():
+        raise WeightUpdateError(f"{folder}: no such folder; name one with {CONFIG} and {TENSORS}, as peft saves them")
     missing = [name for name in (CONFIG, TENSORS) if not (root / name).is_file()]
     if missing:
         old = " (pickled adapter_model.bin is not read: save it with safe_serialization=True)"

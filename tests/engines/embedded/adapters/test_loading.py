@@ -79,6 +79,8 @@ def test_modules_outside_of_those_that_may_change(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(WeightUpdateError, match=r"no such folder"):
+        read_adapter_folder(str(tmp_path / "absent"))
     with pytest.raises(WeightUpdateError, match=r"has no adapter_config.json and no adapter_model.safetensors"):
         read_adapter_folder(str(tmp_path))
     save(random_adapter(1), tmp_path)
