@@ -39,9 +39,12 @@ def check_extensions(config: Config) -> None:
         reward_function(config.environment.reward, target_key=config.data.target_key)
     if config.generator.agent is not None:
         agent_factory(config.generator.agent)
-    for keys in (config.generator.sampling_params, config.generator.eval_sampling_params):
-        if (named := sampling_params(keys).logit_processor) is not None:
-            find_processor(named)
+    for group in ("sampling_params", "eval_sampling_params"):
+        if (named := sampling_params(getattr(config.generator, group)).logit_processor) is not None:
+            try:
+                find_processor(named)
+            except ConfigError as exc:
+                raise ConfigError(f"generator.{group}.logit_processor: {exc}") from exc
 
 
 def check_estimator(path: str, estimator: Callable[..., Any], options: dict[str, Any]) -> None:

@@ -97,7 +97,10 @@ def _read_config(root: Path) -> LlamaConfig:
         values = json.loads((root / "config.json").read_text())
         kind = values.get("model_type", "llama")
         if kind != "llama":
-            raise ConfigError(f"{root}: a head of model_type {kind!r} is not built here, only Llama's form is")
+            raise ConfigError(
+                f"{root}: a draft head of model_type {kind!r} is not built here, only Llama's form; `python "
+                "-m skyrl_train.recipes.eagle3` makes a head for a model, algorithm=standalone drafts with a whole one"
+            )
         return LlamaConfig.from_pretrained(root, local_files_only=True)
     except (OSError, ValueError, TypeError, AttributeError) as exc:
         raise ConfigError(f"can't read the draft head's config in {root}: {exc}") from exc
