@@ -75,7 +75,11 @@ class Scheduler:
     """Owns the queue and the seats; moves slots between the pool, the requests and the cache."""
 
     def __init__(
-        self, config: EmbeddedConfig, seats: Seats, pool: KVPool, adapters: ServedAdapters | None = None,
+        self,
+        config: EmbeddedConfig,
+        seats: Seats,
+        pool: KVPool,
+        adapters: ServedAdapters | None = None,
         tier: HostTier | None = None,
     ) -> None:
         self._config = config
@@ -212,9 +216,7 @@ class Scheduler:
         sampling = [chunk.seat for chunk in chunks if chunk.samples]
         guesses = None
         if self.speculation is not None and len(decode_seats):
-            guesses = self.speculation.plan(
-                self.seats, decode_seats, budget, self, only_decodes=not chunks
-            )
+            guesses = self.speculation.plan(self.seats, decode_seats, budget, self, only_decodes=not chunks)
         return StepPlan(
             guesses=guesses,
             decode_seats=decode_seats,
