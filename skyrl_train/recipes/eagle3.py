@@ -23,8 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from skyrl_train.config.load import LoadedConfig, load_config, plain
-from skyrl_train.config.machine import capability_report, this_machine
+from skyrl_train.config.load import LoadedConfig, plain
 from skyrl_train.config.schema import Config
 from skyrl_train.data.chat import render_prompt, response_text
 from skyrl_train.data.conversations import encode_conversation
@@ -38,7 +37,7 @@ from skyrl_train.engines.embedded.engine import EmbeddedEngine
 from skyrl_train.engines.embedded.uniforms import derived_seed
 from skyrl_train.entrypoints.build import device_of, engine_over, optimizer_settings
 from skyrl_train.entrypoints.build_rollouts import load_tokenizer, sampling_params
-from skyrl_train.entrypoints.run import DONE, REFUSED, run
+from skyrl_train.entrypoints.run import DONE
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
 from skyrl_train.environments.arithmetic import arithmetic_rows
@@ -48,8 +47,8 @@ from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.recipes.command import run_recipe
 from skyrl_train.recipes.interrupt import stop_on_interrupt
-from skyrl_train.recipes.own_keys import explained, refuse_other_keys
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.eagle3 import AnsweredSequence, Eagle3Settings, Eagle3Trainer
 from skyrl_train.training.model import load_model
@@ -99,20 +98,7 @@ SEEDS_PER_STEP = 1 << 32
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train a head as the command line says; returns the exit code."""
-    try:
-        loaded = load_config(sys.argv[1:] if argv is None else argv)
-        refuse_other_keys(loaded, APPLIES, "training an EAGLE-3 head")
-        if loaded.help or loaded.explain:
-            print(__doc__ if loaded.help else explained(loaded, APPLIES))
-            return DONE
-        report = capability_report(loaded.config, machine=this_machine())
-    except ConfigError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return REFUSED
-    if report is not None:
-        print(report, file=sys.stderr)
-        return REFUSED
-    return run(loaded, train_head)
+    return run_recipe(argv, train_head, applies=APPLIES, recipe="training an EAGLE-3 head", manual=__doc__)
 
 
 def train_head(loaded: LoadedConfig, run_dir: Path) -> int:

@@ -23,8 +23,7 @@ import torch
 
 from skyrl_train.algorithms.likelihood import negative_log_likelihood
 from skyrl_train.config.keys import read
-from skyrl_train.config.load import LoadedConfig, load_config, plain
-from skyrl_train.config.machine import capability_report, this_machine
+from skyrl_train.config.load import LoadedConfig, plain
 from skyrl_train.config.schema import Config
 from skyrl_train.data.chat import response_text
 from skyrl_train.data.conversations import check_conversation, encode_conversation
@@ -33,18 +32,18 @@ from skyrl_train.data.rows import PromptRow, read_rows
 from skyrl_train.data.stream import PromptStream
 from skyrl_train.entrypoints.build import device_of, optimizer_settings
 from skyrl_train.entrypoints.build_rollouts import load_tokenizer
-from skyrl_train.entrypoints.run import DONE, REFUSED, run
+from skyrl_train.entrypoints.run import DONE
 from skyrl_train.entrypoints.run_log import RunFiles
 from skyrl_train.entrypoints.run_state import RunState
 from skyrl_train.environments.arithmetic import Split, arithmetic_rows
-from skyrl_train.errors import ConfigError, DataError
+from skyrl_train.errors import DataError
 from skyrl_train.observability.files import replace_file
 from skyrl_train.observability.metrics import read_metrics
 from skyrl_train.observability.phases import PhaseTimer
 from skyrl_train.observability.progress import Progress
 from skyrl_train.observability.report import write_report
+from skyrl_train.recipes.command import run_recipe
 from skyrl_train.recipes.interrupt import stop_on_interrupt
-from skyrl_train.recipes.own_keys import explained, refuse_other_keys
 from skyrl_train.training.builtin_model import is_builtin, prepare_builtin
 from skyrl_train.training.model import export_hf, load_model
 from skyrl_train.training.trainer import PolicyTrainer
@@ -100,23 +99,15 @@ class Conversations:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Fine-tune as the command line says; returns the exit code."""
-    try:
-        loaded = load_config(sys.argv[1:] if argv is None else argv)
-        refuse_other_keys(loaded, APPLIES, "supervised fine-tuning")
-        if loaded.help or loaded.explain:
-            print(__doc__ if loaded.help else explained(loaded, APPLIES))
-            return DONE
-        report = capability_report(loaded.config, machine=this_machine())
-    except ConfigError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return REFUSED
-    if report is not None:
-        print(report, file=sys.stderr)
-        return REFUSED
+    return run_recipe(
+        argv, fine_tune, applies=APPLIES, recipe="supervised fine-tuning", manual=__doc__, warn=_warn_of_tiny_rate
+    )
+
+
+def _warn_of_tiny_rate(loaded: LoadedConfig) -> None:
     lr = "trainer.policy.optimizer_config.lr"
     if loaded.sources[lr].kind == "base.yaml" and not is_builtin(loaded.config.trainer.policy.model.path):
         print(f"warning: {lr}={read(loaded.config, lr)} is tuned for the built-in tiny model; set it", file=sys.stderr)
-    return run(loaded, fine_tune)
 
 
 def fine_tune(loaded: LoadedConfig, run_dir: Path) -> int:

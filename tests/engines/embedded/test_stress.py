@@ -48,6 +48,19 @@ def test_nothing_that_happens_around_a_request_changes_its_answer(seed: int) -> 
         enable_prefix_caching=rng.random() < 0.8,
         chunked_prefill=rng.random() < 0.8,
     )
+    sent, done = random_life(core, rng, num_events=200)
+
+    assert done.keys() == sent.keys()
+    assert core.stats().num_running == core.stats().num_waiting == 0
+    core.scheduler.cache.flush()
+    assert core.scheduler.pool.num_free == POOL
+    assert_answers_as_alone(make_core(model, max_context_len=CONTEXT, max_num_batched_tokens=64), sent, done)
+
+
+def random_life(
+    core: EngineCore, rng: random.Random, *, num_events: int
+) -> tuple[dict[str, GenerateRequest], dict[str, Completion]]:
+    """Requests come, are aborted, paused and met by weight updates; who was sent and who was answered, by id."""
     prompts = [[rng.randrange(256) for _ in range(rng.randint(3, 25))] for _ in range(3)]
     sent: dict[str, GenerateRequest] = {}
     done: dict[str, Completion] = {}
@@ -58,7 +71,7 @@ def test_nothing_that_happens_around_a_request_changes_its_answer(seed: int) -> 
             done[item.completion.request_id] = item.completion
         core.check_integrity()
 
-    for _ in range(200):
+    for _ in range(num_events):
         event = rng.random()
         if event < 0.25 and len(sent) < 20:
             for _ in range(rng.choice([1, 1, 4])):
@@ -80,12 +93,7 @@ def test_nothing_that_happens_around_a_request_changes_its_answer(seed: int) -> 
             settle(core.step())
     while core.has_work:
         settle(core.step())
-
-    assert done.keys() == sent.keys()
-    assert core.stats().num_running == core.stats().num_waiting == 0
-    core.scheduler.cache.flush()
-    assert core.scheduler.pool.num_free == POOL
-    assert_answers_as_alone(make_core(model, max_context_len=CONTEXT, max_num_batched_tokens=64), sent, done)
+    return sent, done
 
 
 def assert_answers_as_alone(roomy: EngineCore, sent: dict[str, GenerateRequest], done: dict[str, Completion]) -> None:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.engines.embedded.drafts.build import ngram_source, standalone_source
 from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
-from skyrl_train.types import Completion, GenerateRequest, LocalWeights, SessionRef, VersionSpan, WeightUpdate
+from skyrl_train.types import SessionRef, VersionSpan
 from tests.engines.embedded.common import make_core, request, run
 from tests.engines.embedded.drafts.drafters import RandomTrees, source
-from tests.engines.embedded.test_stress import CONTEXT, POOL, assert_answers_as_alone, random_request
+from tests.engines.embedded.test_stress import CONTEXT, POOL, assert_answers_as_alone, random_life
 from tests.tiny import make_model
 
 SOURCES: dict[str, Callable[[], DraftSource]] = {
@@ -44,38 +44,7 @@ def test_nothing_that_happens_around_a_request_changes_its_answer(name: str, see
         enable_prefix_caching=rng.random() < 0.8,
         chunked_prefill=rng.random() < 0.8,
     )
-    prompts = [[rng.randrange(256) for _ in range(rng.randint(3, 25))] for _ in range(3)]
-    sent: dict[str, GenerateRequest] = {}
-    done: dict[str, Completion] = {}
-
-    def settle(finished: list) -> None:  # type: ignore[type-arg]
-        for item in finished:
-            assert item.completion.request_id not in done
-            done[item.completion.request_id] = item.completion
-        core.check_integrity()
-
-    for _ in range(150):
-        event = rng.random()
-        if event < 0.25 and len(sent) < 20:
-            for _ in range(rng.choice([1, 1, 4])):
-                item = random_request(rng, str(len(sent)), prompts)
-                sent[item.request_id] = item
-                core.add(item)
-        elif event < 0.28 and sent:
-            settle(core.abort([rng.choice(list(sent))]))
-        elif event < 0.31:
-            settle(core.pause(rng.choice(["keep", "keep", "wait"])))
-            while core.pause_state == "draining":
-                settle(core.step())
-            if rng.random() < 0.5:
-                core.update_weights(WeightUpdate(version=core.policy_version + 1, source=LocalWeights()))
-                assert core.scheduler.pool.num_free == POOL
-            core.check_integrity()
-            core.resume()
-        elif core.has_work:
-            settle(core.step())
-    while core.has_work:
-        settle(core.step())
+    sent, done = random_life(core, rng, num_events=150)
 
     assert done.keys() == sent.keys()
     core.scheduler.cache.flush()
