@@ -177,8 +177,13 @@ class EngineCore:
         new_token_ids, came = request.prompt_token_ids, request
         request = self.sessions.whole(request)
         self._check(request, new_token_ids)
-        rule = self.rules.start(request)
-        self.sessions.enter(came)
+        try:
+            rule = self.rules.start(request)
+            self.sessions.enter(came)
+        except RequestRejected:
+            if self.adapters is not None:
+                self.adapters.trim()
+            raise
         sampling = request.sampling
         order = self._num_submitted
         self._num_submitted += 1

@@ -67,7 +67,7 @@ class ServedAdapters:
                 self._load(name, read_adapter_folder(folder))
             except WeightUpdateError as exc:
                 raise ConfigError(f"generator.lora.paths.{name}: {exc}") from exc
-            self._evict()
+            self.trim()
 
     def begin(self, scheduler: Scheduler) -> None:
         """The model has run once: each linear map must have been reached, or adapters on it would be ignored."""
@@ -95,7 +95,10 @@ class ServedAdapters:
         return self.policy if request.adapter is None else self._loaded[request.adapter]
 
     def check(self, request: GenerateRequest) -> None:
-        """Its adapter is here, from its folder if need be. Raises RequestRejected."""
+        """Its adapter is here, from its folder if need be. Raises RequestRejected.
+
+        `opened` follows, or `trim` where the request is refused after all.
+        """
         name = request.adapter
         if name is None or name in self._loaded:
             return
@@ -115,13 +118,13 @@ class ServedAdapters:
         self._num_open[name] += 1
         if self._limits.eviction_policy == "lru":
             self._loaded[name] = self._loaded.pop(name)
-        self._evict()
+        self.trim()
 
     def closed(self, request: GenerateRequest) -> None:
         if request.adapter is None:
             return
         self._num_open[request.adapter] -= 1
-        self._evict()
+        self.trim()
 
     # -- in the scheduler
 
@@ -158,7 +161,7 @@ class ServedAdapters:
         if isinstance(source, str):
             self._folders[name] = source
         self._loaded[name] = made
-        self._evict()
+        self.trim()
 
     def unload(self, name: str) -> None:
         """Raises RequestRejected for one that is unknown or in use."""
@@ -215,7 +218,7 @@ class ServedAdapters:
     def _load(self, name: str, weights: AdapterWeights) -> None:
         self._loaded[name] = self._make(name, weights)
 
-    def _evict(self) -> None:
+    def trim(self) -> None:
         """Idle ones that can be read again leave, until `max_loaded` are left or none of the rest may go."""
         most = self._limits.max_loaded
         for name in list(self._loaded):

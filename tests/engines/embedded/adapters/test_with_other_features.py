@@ -15,6 +15,7 @@ from skyrl_train.engines.embedded.core import EngineCore
 from skyrl_train.engines.embedded.drafts.base import DraftSource
 from skyrl_train.engines.embedded.drafts.build import ngram_source, standalone_source
 from skyrl_train.engines.embedded.drafts.ngram import NgramSettings
+from skyrl_train.errors import RequestRejected
 from skyrl_train.types import GenerateRequest, SessionRef, WeightUpdate
 from tests.engines.embedded.adapters.common import ask, assert_is_of, base, make_adapted, merged, random_adapter, save
 from tests.engines.embedded.common import make_core, random_prompts, run
@@ -138,6 +139,16 @@ def test_a_session_goes_on_after_its_adapter_left_memory_as_the_answer_ended(tmp
     assert second.token_ids == run(filled(make_adapted()), [ask("plain", "a", whole)])[0].token_ids
     core.close_session(session)
     core.check_integrity()
+
+
+def test_an_adapter_that_was_read_for_a_refused_request_leaves_again(tmp_path: Path) -> None:
+    paths = {name: save(weights, tmp_path / name) for name, weights in ADAPTERS.items()}
+    core = make_adapted(LoraLimits(paths=paths, max_loaded=1))
+    session = core.sessions.open(4)
+    for name in ADAPTERS:
+        with pytest.raises(RequestRejected, match="more capacity"):
+            core.add(replace(ask(name, name, PROMPTS[1]), session=SessionRef(session_id=session)))
+        core.check_integrity()
 
 
 def test_in_bfloat16_answers_are_near_those_of_the_merged_model() -> None:
