@@ -8,7 +8,7 @@ Not thread-safe: one caller at a time. A step that raises leaves the core unusab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,18 +34,16 @@ from skyrl_train.engines.embedded.runner import PendingTokens, make_runner, prob
 from skyrl_train.engines.embedded.scheduler import Scheduler
 from skyrl_train.engines.embedded.sessions import EmbeddedSessions
 from skyrl_train.engines.embedded.sleep import make_sleep, sleep_capabilities
-from skyrl_train.engines.embedded.stops import completed_stop
+from skyrl_train.engines.embedded.stops import completed_stop, end_token_ids
 from skyrl_train.engines.embedded.twin import InferenceModel
 from skyrl_train.engines.embedded.uniforms import derived_seed
-from skyrl_train.engines.embedded.weights import copy_disk_weights, plan_disk_weights, plan_tensor_copy
+from skyrl_train.engines.embedded.weights import planned_copy
 from skyrl_train.errors import RequestRejected, WeightUpdateError
 from skyrl_train.types import (
     AdapterWeights,
     Completion,
-    DiskWeights,
     FinishReason,
     GenerateRequest,
-    NamedWeights,
     WeightSource,
     WeightUpdate,
 )
@@ -118,7 +116,7 @@ class EngineCore:
         self.context_len = resolve_context_len(config, model_config)
         draft_bytes = 0 if drafts is None else drafts.bytes_per_token
         pool = KVPool(layers, resolve_kv_tokens(config, layers, self.context_len, device, draft_bytes), device)
-        end_ids = end_token_ids(model, tokenizer, config)
+        end_ids = end_token_ids(model, tokenizer, config.extra_eos_token_ids)
         self.rules = EngineRules(
             name,
             model,
@@ -427,7 +425,7 @@ class EngineCore:
                 f"engine {name} serves version {self.policy_version}; version {update.version} is older"
             )
         policy = self._planned_policy(update.source)
-        copy = self._planned_copy(update.source)
+        copy = planned_copy(self._model, update.source)
         if copy is not None:
             self.weights_are_whole = False
             try:
@@ -446,15 +444,6 @@ class EngineCore:
             self.adapters.set_policy(policy)
         self.policy_version = update.version
         self.weights_are_whole = True
-
-    def _planned_copy(self, source: WeightSource) -> Callable[[], None] | None:
-        """What moves the weights, checked against the model; None where the tensors are the trainer's own."""
-        if isinstance(source, DiskWeights):
-            plan = plan_disk_weights(self._model, source.path)
-            return lambda: copy_disk_weights(self._model, plan)
-        if isinstance(source, NamedWeights):
-            return plan_tensor_copy(self._model, source.tensors)
-        return None
 
     def _planned_policy(self, source: WeightSource) -> LoraAdapter | None:
         """The adapter that is the policy from this update on, checked; None: the model itself is."""
@@ -503,13 +492,3 @@ class EngineCore:
         known = [*self.scheduler.running(), *self.scheduler.waiting()]
         assert len(known) == len(self._by_id)
         assert all(self._by_id[state.request.request_id] is state for state in known)
-
-
-def end_token_ids(model: torch.nn.Module, tokenizer: Any, config: EmbeddedConfig) -> tuple[int, ...]:
-    """The ids that end an answer: of the generation config, of the model config, of the tokenizer."""
-    sources = [getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
-    model_config: Any = model.config
-    sources.append(getattr(model_config.get_text_config(), "eos_token_id", None))
-    sources.append(getattr(tokenizer, "eos_token_id", None))
-    ids = [i for source in sources if source is not None for i in (source if isinstance(source, list) else [source])]
-    return tuple(dict.fromkeys([*ids, *config.extra_eos_token_ids]))

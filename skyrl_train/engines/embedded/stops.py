@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from skyrl_train.types import SamplingParams
 
@@ -17,6 +18,16 @@ NO_ID = -1
 HALF_CHARACTER = "\ufffd"
 """What decoders write for bytes that are no character, or not yet."""
 MARGIN_CHARS = 8
+
+
+def end_token_ids(model: torch.nn.Module, tokenizer: Any, extra: Sequence[int] = ()) -> tuple[int, ...]:
+    """The ids that end an answer: of the generation config, of the model config, of the tokenizer, and `extra` ones."""
+    sources = [getattr(getattr(model, "generation_config", None), "eos_token_id", None)]
+    model_config: Any = model.config
+    sources.append(getattr(model_config.get_text_config(), "eos_token_id", None))
+    sources.append(getattr(tokenizer, "eos_token_id", None))
+    ids = [i for source in sources if source is not None for i in (source if isinstance(source, list) else [source])]
+    return tuple(dict.fromkeys([*ids, *extra]))
 
 
 class StopTable:

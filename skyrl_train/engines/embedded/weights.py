@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from skyrl_train.errors import WeightUpdateError
+from skyrl_train.types import DiskWeights, NamedWeights, WeightSource
 
 MAX_NAMES_SHOWN = 3
 
@@ -24,6 +25,19 @@ class WeightPlan:
     """Which file each of the model's tensors comes from; checked, nothing copied yet."""
 
     files: dict[Path, tuple[str, ...]]
+
+
+def planned_copy(model: torch.nn.Module, source: WeightSource) -> Callable[[], None] | None:
+    """What moves the weights into the model, checked against it; None where its own tensors stay as they are.
+
+    Raises WeightUpdateError; the model is untouched.
+    """
+    if isinstance(source, DiskWeights):
+        plan = plan_disk_weights(model, source.path)
+        return lambda: copy_disk_weights(model, plan)
+    if isinstance(source, NamedWeights):
+        return plan_tensor_copy(model, source.tensors)
+    return None
 
 
 def plan_disk_weights(model: torch.nn.Module, folder: str) -> WeightPlan:
